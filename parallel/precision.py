@@ -1,0 +1,25 @@
+"""What dtype each thing has. Explicit dtypes, no autocast.
+
+Master weights, gradients after reduction, moments and EMA are always fp32. Routers compute in fp32
+whatever the precision (a rounded logit changes the choice of expert).
+"""
+
+from typing import Literal
+
+import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+Precision = Literal["fp32", "bf16"]
+COMPUTE: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def policy(precision: Precision) -> MixedPrecisionPolicy:
+    """FSDP2's dtypes for a block: gathered in the compute dtype, reduced in fp32.
+
+    Inputs are not cast: a bf16 timestep has 8 bits, of which 999 needs 10.
+    """
+    return MixedPrecisionPolicy(
+        param_dtype=COMPUTE[precision],
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )

@@ -1,0 +1,75 @@
+"""Tensors on disk: `torch.distributed.checkpoint`, each rank its own bytes, and checksums beside.
+
+Knows names, tensors and files; not what they mean. A folder written here is complete only once its
+owner has put a manifest into it.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+
+
+def write(tensors: dict[str, Tensor], folder: Path) -> dict[str, dict[str, int | str]]:
+    """Writes sharded tensors into `folder`; returns name → {bytes, sha256} of every file.
+
+    Every rank calls it; all get the same answer, once everything is on the disk (fsync).
+    """
+    dcp.save(dict(tensors), storage_writer=FileSystemWriter(folder, sync_files=True))
+    mine = {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(folder.iterdir())
+        if _written_by(path) == dist.get_rank()
+    }
+    everyone: list[dict[str, dict[str, int | str]]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, mine)  # dist: every rank, once a save
+    return {name: entry for part in everyone for name, entry in sorted(part.items())}
+
+
+def _written_by(path: Path) -> int:
+    """DCP names a rank's files `__RANK_n.distcp`; the metadata is rank 0's."""
+    return int(path.name.split("_")[2]) if path.suffix == ".distcp" else 0
+
+
+def read(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Fills the tensors in place, each rank reading what its shards need."""
+    dcp.load(dict(tensors), storage_reader=FileSystemReader(folder))
+
+
+def read_alone(names: list[str], folder: Path) -> dict[str, Tensor]:
+    """Full tensors of `folder` by name, on the CPU, without a process group."""
+    entries = FileSystemReader(folder).read_metadata().state_dict_metadata
+    full = {}
+    for name in names:
+        entry = entries[name]
+        full[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    dcp.load(full, storage_reader=FileSystemReader(folder), no_dist=True)
+    return full
+
+
+def names(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor in `folder`."""
+    entries = FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {
+        name: (tuple(entry.size), entry.properties.dtype)
+        for name, entry in sorted(entries.items())
+    }
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush(path: Path) -> None:
+    """fsync of a file or of a directory's entries."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,5 @@
+"""`python -m pretrain` is the command line."""
+
+from pretrain.cli import main
+
+main()

@@ -1,0 +1,66 @@
+"""Keeping experts evenly loaded: auxiliary losses from a forward's routing, and the bias update.
+
+A layer's routing is data (`Routing`), given back by the model; nothing here touches the model's graph.
+Source: batch-wise loss: Switch Transformers, Eq. 4-6, as DiT-MoE; bias: Auxiliary-Loss-Free Load
+Balancing; z-loss: ST-MoE, Eq. 5.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from pretrain.models.moe import MoEConfig, Routing
+
+
+def auxiliary_loss(
+    cfg: MoEConfig,
+    routings: Sequence[Routing],
+    *,
+    global_batch: int,
+    everywhere: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """This rank's share of the balancing losses of one micro-batch, (); shares of all ranks add up.
+
+    everywhere: sums a tensor over all data ranks. The batch-wise loss is taken over the micro-batch
+    of all ranks: it does not know the layout, but it does know the accumulation. The per-image and z
+    losses know neither.
+    """
+    total = routings[0].probs.new_zeros(())
+    picks_per_image = routings[0].counts[0].sum()
+    tokens = picks_per_image / cfg.top_k  # of an image
+    if cfg.aux_batch:
+        counts = torch.stack([r.counts.sum(dim=0) for r in routings])  # (L, E)
+        counts = everywhere(counts.flatten()).view_as(counts)  # dist: every rank, once a micro-batch
+        share = cfg.experts * counts / counts.sum(dim=1, keepdim=True)  # f_e
+        probs = torch.stack([r.probs.sum(dim=0) for r in routings])  # (L, E)
+        total = total + cfg.aux_batch * (share * probs).sum() / (tokens * global_batch)
+    if cfg.aux_image:
+        for routing in routings:
+            share = cfg.experts * routing.counts / picks_per_image
+            total = total + cfg.aux_image * (share * routing.probs).sum() / (tokens * global_batch)
+    if cfg.z_loss:
+        z = torch.stack([r.z.sum() for r in routings]).sum()
+        total = total + cfg.z_loss * z / (tokens * global_batch)
+    return total
+
+
+def update_biases(biases: Sequence[Tensor], counts: Tensor, rate: float, skip: Tensor) -> None:
+    """One step of the balance bias of every layer, in place.
+
+    biases: L of (E,) fp32. counts: (L, E), picks over the whole global batch. skip: (), true leaves
+    the biases bit-identical. bias += rate·sign(mean − count), then zero mean.
+    """
+    old = torch.stack(list(biases))
+    push = torch.sign(counts.mean(dim=1, keepdim=True) - counts).to(old.dtype)
+    new = old + rate * push
+    new = new - new.mean(dim=1, keepdim=True)
+    new = torch.where(skip, old, new)
+    for bias, value in zip(biases, new, strict=True):
+        bias.copy_(value)
+
+
+def by_time(routings: Sequence[Routing], bins: Tensor, num_bins: int) -> Tensor:
+    """Picks per layer, timestep bin and expert, (L, T, E) float64. bins: (B,) int64."""
+    member = torch.nn.functional.one_hot(bins, num_bins).double()  # (B, T)
+    return torch.stack([member.t() @ r.counts.double() for r in routings])

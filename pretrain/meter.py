@@ -1,0 +1,79 @@
+"""Rates of a run: images and FLOPs a second, time lost to data, memory. Reads clocks, writes nothing."""
+
+import resource
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+
+from pretrain.engine import Metrics
+from pretrain.metrics import moe_load
+from pretrain.state import TrainState
+
+T = TypeVar("T")
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s, vendors' data sheets
+
+
+class Meter:
+    """Counts between records; `record` starts the next interval."""
+
+    def __init__(self, global_batch: int, flops_per_image: int, world: int) -> None:
+        """flops_per_image: of one training step, forward and backward."""
+        self._global_batch = global_batch
+        self._flops = flops_per_image
+        self._peak = _peak() * world
+        self._begin, self._steps, self._waited = time.perf_counter(), 0, 0.0
+
+    def waiting(self, batches: Iterable[T]) -> Iterator[T]:
+        """The same batches; the time each was waited for is counted."""
+        source = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            try:
+                item = next(source)
+            except StopIteration:
+                return
+            self._waited += time.perf_counter() - asked
+            self._steps += 1
+            yield item
+
+    def record(self, state: TrainState, metrics: Metrics) -> dict[str, Any]:
+        """What metrics.jsonl holds of a step; rates are means since the last record."""
+        loss = float(metrics.loss)  # sync: the device has finished the step
+        now = time.perf_counter()
+        steps = max(1, self._steps)
+        seconds = (now - self._begin) / steps
+        images = self._global_batch / seconds
+        values = {
+            "loss": loss,
+            "grad_norm": float(metrics.grad_norm),
+            "lr": metrics.lr,
+            "samples": state.cursor.position,
+            "images_per_s": images,
+            "tflops": images * self._flops / 1e12,
+            "mfu": images * self._flops / self._peak if self._peak else None,
+            "data_wait": self._waited / steps,
+            "step_time": seconds,
+            "memory_gb": _memory() / 1e9,
+            "skipped": state.skipped,
+        }
+        if metrics.load.numel():
+            values |= moe_load(metrics.load)
+        self._begin, self._steps, self._waited = now, 0, 0.0
+        return values
+
+
+def _peak() -> float:
+    """FLOP/s of one device; 0 for one that is not in the table (mfu is then null)."""
+    if not torch.cuda.is_available():
+        return 0.0
+    name = torch.cuda.get_device_name()
+    return next((peak for chip, peak in PEAK.items() if chip in name), 0.0)
+
+
+def _memory() -> float:
+    """Peak bytes of this rank: of the device, or of the process on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

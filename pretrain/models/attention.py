@@ -1,0 +1,136 @@
+"""Attention over token sets, and its down-sampled form for U-DiT.
+
+One `Attention` serves every family: plain dot product (DiT), affine qk-norm (DiT-MoE XL and G),
+cosine with 2-D rotary positions (U-DiT). q, k and v are separate parameters, each started with the
+bound of the fused (3C, C) matrix that the references use. The key bias has gradient exactly 0 under
+softmax.
+"""
+
+import math
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain.models.init import Fill, Init, Table, Xavier
+from pretrain.models.layers import ChannelAffineNorm, Depthwise, Linear
+
+MAX_LOG_SCALE = math.log(100.0)
+
+
+class Attention(nn.Module):
+    """Softmax attention within each token set. (B, N, C) -> (B, N, C)."""
+
+    def __init__(
+        self, width: int, num_heads: int, kind: Literal["dot", "norm", "cosine"] = "dot"
+    ) -> None:
+        super().__init__()
+        self.kind = kind
+        self.head_dim = width // num_heads
+        fused = Xavier(width, 3 * width)
+        self.q = Linear(width, width, init=fused)
+        self.k = Linear(width, width, init=fused)
+        self.v = Linear(width, width, init=fused)
+        self.out = Linear(width, width)
+        if kind == "norm":
+            self.q_norm = ChannelAffineNorm(self.head_dim)
+            self.k_norm = ChannelAffineNorm(self.head_dim)
+        if kind == "cosine":
+            self.logit_scale = nn.Parameter(torch.empty(num_heads))
+            self.inits: dict[str, Init] = {"logit_scale": Fill(math.log(10.0))}
+
+    def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
+        """rope: (2, N, head_dim/2) cosines and sines, or None."""
+        heads = (-1, self.head_dim)
+        q = self.q(x).unflatten(-1, heads)  # (B, N, nh, hd)
+        k = self.k(x).unflatten(-1, heads)
+        v = self.v(x).unflatten(-1, heads)
+        q, k = self._prepare(q, k, rope)
+        x = F.scaled_dot_product_attention(
+            q.to(v.dtype).transpose(1, 2),
+            k.to(v.dtype).transpose(1, 2),
+            v.transpose(1, 2),
+            scale=1.0 if self.kind == "cosine" else None,
+        )
+        return self.out(x.transpose(1, 2).flatten(2))
+
+    def _prepare(self, q: Tensor, k: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        if self.kind == "norm":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.kind == "cosine":
+            # why: in float32, because the logits are up to 100 times the rounding of q and k.
+            scale = self.logit_scale.float().clamp(max=MAX_LOG_SCALE).exp()[:, None]  # (nh, 1)
+            q = F.normalize(q.float(), dim=-1) * scale
+            k = F.normalize(k.float(), dim=-1)
+        return q, k
+
+
+class PhaseAttention(nn.Module):
+    """Tokens attend within their phase of a 2×2 grid. (B, H, W, C) -> (B, H, W, C).
+
+    A depthwise 5×5 mixes neighbours first; then the four phase grids are four token sets of H/2·W/2
+    tokens, at full width. Source: U-DiT, section 3.3.
+    """
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.mix = Depthwise(width, 5)
+        self.core = Attention(width, num_heads, "cosine")
+
+    def forward(self, x: Tensor, rope: Tensor | None) -> Tensor:
+        height, width = x.shape[1:3]
+        x = split_phases(x + self.mix(x))  # (4B, H/2*W/2, C)
+        return join_phases(self.core(x, rope), height, width)
+
+
+def split_phases(x: Tensor) -> Tensor:
+    """(B, H, W, C) -> (4B, H/2*W/2, C): phase 2·dy + dx of an image is its own token set."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // 2, 2, width // 2, 2, channels)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(batch * 4, height * width // 4, channels)
+
+
+def join_phases(x: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `split_phases`: (4B, H/2*W/2, C) -> (B, H, W, C)."""
+    channels = x.shape[-1]
+    x = x.reshape(-1, 2, 2, height // 2, width // 2, channels)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(-1, height, width, channels)
+
+
+class Rope(nn.Module):
+    """The rotary table of one grid: forward gives (2, grid², head_dim/2), cosines then sines."""
+
+    def __init__(self, grid: int, head_dim: int) -> None:
+        super().__init__()
+        shape = (2, grid * grid, head_dim // 2)
+        self.register_buffer("table", torch.empty(shape, dtype=torch.float32), persistent=False)
+        self.inits: dict[str, Init] = {"table": Table(partial(rope_table, grid, head_dim))}
+
+    def forward(self) -> Tensor:
+        return self.table
+
+
+def rope_table(grid: int, head_dim: int) -> Tensor:
+    """(2, grid², head_dim/2) float32. Even pairs turn by the column, odd pairs by the row.
+
+    Frequencies 10000^(-4i/head_dim), i < head_dim/4; pair 2i uses column·f_i, pair 2i + 1 uses
+    row·f_i.
+    """
+    with torch.device("cpu"):
+        rate = 10_000.0 ** (-4 * torch.arange(head_dim // 4, dtype=torch.float64) / head_dim)
+        token = torch.arange(grid * grid)
+        column = (token % grid)[:, None] * rate
+        row = (token // grid)[:, None] * rate
+        angle = torch.stack([column, row], dim=-1).flatten(1)  # (grid², hd/2)
+        return torch.stack([angle.cos(), angle.sin()]).float()
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Turn adjacent channel pairs (2j, 2j+1). x: (B, N, nh, hd) -> the same, float32."""
+    cos, sin = rope.float()[:, None, :, None].unbind(0)  # (1, N, 1, hd/2)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)

@@ -1,0 +1,184 @@
+"""What every parameter and buffer starts as, and `initialise`, which makes it so on any layout.
+
+A leaf module declares `self.inits = {"weight": Xavier(...), ...}` for each parameter and buffer it
+owns. The value of row r of a tensor is a function of (seed, tensor name, r) alone, so a rank that
+holds a shard fills its shard and nothing else, and every layout starts from the same model.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+# perf: values made at a time; 4 M keeps the float64 normals of one piece near 0.1 GB.
+_PIECE = 1 << 22
+_Draw = Callable[[np.ndarray, int, float], np.ndarray]  # (words, values a row, scale) -> values
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Uniform in [-bound, bound)."""
+
+    bound: float
+
+
+@dataclass(frozen=True)
+class Xavier:
+    """Xavier-uniform. The fans are stated, because a shape alone does not tell them for
+    convolutions, experts and the separate q, k, v of one published fused matrix.
+    """
+
+    fan_in: int
+    fan_out: int
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Zero-mean normal."""
+
+    std: float
+
+
+@dataclass(frozen=True)
+class Zero:
+    """Zero in the recipe; N(0, zero_std) when a test asks `initialise` for perturbed zeros."""
+
+
+@dataclass(frozen=True)
+class Fill:
+    """One value everywhere, never perturbed."""
+
+    value: float
+
+
+@dataclass(frozen=True)
+class Table:
+    """A fixed table, recomputed and never stored."""
+
+    make: Callable[[], Tensor]
+
+
+Init = Uniform | Xavier | Normal | Zero | Fill | Table
+
+
+def xavier_conv(shape: tuple[int, int, int, int]) -> Xavier:
+    """Fans of a convolution kernel (O, I/groups, k, k) by torch's rule, which ignores groups."""
+    out, inner, height, width = shape
+    return Xavier(inner * height * width, out * height * width)
+
+
+def initialise(model: nn.Module, seed: int, zero_std: float = 0.0) -> None:
+    """Fill every parameter and buffer as a function of (seed, name, row) alone.
+
+    To be called once after `to_empty`; DTensors get only their local rows. zero_std: standard
+    deviation given to tensors that the recipe zero-initialises (0 = the recipe). Raises
+    AssertionError for a tensor that declares no init, or a declaration without a tensor: the model
+    is at fault, not its user.
+    """
+    for prefix, module in model.named_modules():
+        inits = getattr(module, "inits", {})
+        own = {**module._parameters, **module._buffers}
+        own = {name: tensor for name, tensor in own.items() if tensor is not None}
+        for name in inits:
+            assert name in own, (
+                f"{prefix}: init declared for {name}, which is no parameter or buffer"
+            )
+        for name, tensor in own.items():
+            full = f"{prefix}.{name}" if prefix else name
+            assert name in inits, f"{full} declares no init"
+            assert not tensor.is_meta, f"{full} is on meta: call to_empty first"
+            with torch.no_grad():
+                _fill(tensor, inits[name], seed, full, zero_std)
+
+
+def logical_name(name: str) -> str:
+    """A parameter's name without what compile, remat and sharding wrappers put into it."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def _fill(tensor: Tensor, init: Init, seed: int, name: str, zero_std: float) -> None:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    match init:
+        case Table(make):
+            local.copy_(make())
+        case Fill(value):
+            local.fill_(value)
+        case Zero() if zero_std == 0.0:
+            local.zero_()
+        case Zero():
+            _fill_rows(tensor, local, _Stream(seed, name, _normal, zero_std))
+        case Normal(std):
+            _fill_rows(tensor, local, _Stream(seed, name, _normal, std))
+        case Uniform(bound):
+            _fill_rows(tensor, local, _Stream(seed, name, _uniform, bound))
+        case Xavier(fan_in, fan_out):
+            bound = math.sqrt(6.0 / (fan_in + fan_out))
+            _fill_rows(tensor, local, _Stream(seed, name, _uniform, bound))
+
+
+def _fill_rows(tensor: Tensor, local: Tensor, stream: "_Stream") -> None:
+    if local.numel() == 0:
+        return
+    shape, offset = tuple(tensor.shape), (0,) * tensor.ndim
+    if isinstance(tensor, DTensor):
+        _, offset = compute_local_shape_and_global_offset(
+            shape, tensor.device_mesh, tensor.placements
+        )
+    if tensor.ndim < 2:
+        row = stream.rows(0, 1, max(1, tensor.numel())).reshape(shape)
+        box = tuple(slice(o, o + n) for o, n in zip(offset, local.shape, strict=True))
+        local.copy_(torch.from_numpy(np.ascontiguousarray(row[box])))
+        return
+    size = math.prod(shape[1:])
+    inner = tuple(slice(o, o + n) for o, n in zip(offset[1:], local.shape[1:], strict=True))
+    step = max(1, _PIECE // size)
+    for start in range(0, local.shape[0], step):
+        stop = min(start + step, local.shape[0])
+        rows = stream.rows(offset[0] + start, offset[0] + stop, size)
+        rows = rows.reshape(stop - start, *shape[1:])[(slice(None), *inner)]
+        local[start:stop].copy_(torch.from_numpy(np.ascontiguousarray(rows)))
+
+
+def _uniform(words: np.ndarray, size: int, bound: float) -> np.ndarray:
+    out = (words[:, :size] >> np.uint32(8)).astype(np.float32)
+    out *= np.float32(2.0**-23)
+    out -= np.float32(1.0)
+    out *= np.float32(bound)
+    return out
+
+
+def _normal(words: np.ndarray, size: int, std: float) -> np.ndarray:
+    # why: Box-Muller in float64, rounded once, so that a processor's own sin and log hardly show.
+    half = -(-size // 2)
+    unit = (words[:, : 2 * half].astype(np.float64) + 0.5) * 2.0**-32
+    radius = np.sqrt(-2.0 * np.log(unit[:, :half]))
+    angle = 2.0 * math.pi * unit[:, half:]
+    both = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+    return (both[:, :size] * std).astype(np.float32)
+
+
+class _Stream:
+    """Rows of random numbers with an address: Philox in counter mode, keyed by (seed, name)."""
+
+    def __init__(self, seed: int, name: str, draw: _Draw, scale: float) -> None:
+        digest = hashlib.blake2b(f"{seed}/{logical_name(name)}".encode(), digest_size=16).digest()
+        self.key = np.frombuffer(digest, dtype=np.uint64)
+        self.draw, self.scale = draw, scale
+
+    def rows(self, start: int, stop: int, size: int) -> np.ndarray:
+        """Rows start..stop of `size` values each: (stop - start, size) float32."""
+        # why: whole counter blocks (8 words of 32 bit) a row, so that any row can be
+        # reached by itself.
+        blocks = -(-size // 8)
+        stream = np.random.Philox(key=self.key, counter=start * blocks)
+        words = stream.random_raw((stop - start) * blocks * 4).view(np.uint32)
+        return self.draw(words.reshape(stop - start, blocks * 8), size, self.scale)

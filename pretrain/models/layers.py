@@ -1,0 +1,268 @@
+"""The layers every family is built from: linears, convolutions, adaLN, embeddings, the block.
+
+Tokens stay channels-last throughout, (B, N, C) or (B, H, W, C): a 1×1 convolution is a `Linear`,
+and a spatial one runs on the permuted view, which is torch's channels_last memory format, without a
+copy. Values are undefined until `init.initialise`. No layer writes to itself in forward.
+"""
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain.models.init import Fill, Init, Normal, Table, Xavier, Zero, xavier_conv
+from pretrain.models.moe import MoE, Routing
+
+EPS = 1e-6
+FREQUENCIES = 256  # width of the timestep sinusoid
+
+
+class Linear(nn.Linear):
+    """A linear layer that declares its start: xavier weight and zero bias unless told otherwise."""
+
+    def __init__(
+        self, inner: int, outer: int, *, bias: bool = True, init: Init | None = None
+    ) -> None:
+        super().__init__(inner, outer, bias=bias)
+        self.inits: dict[str, Init] = {"weight": init or Xavier(inner, outer)}
+        if bias:
+            self.inits["bias"] = Zero()
+
+    def reset_parameters(self) -> None:
+        """Nothing: `initialise` gives the values, from an address."""
+
+
+class Conv(nn.Conv2d):
+    """A convolution over channels-last tokens, same size out. (B, H, W, C) -> (B, H, W, C')."""
+
+    def __init__(
+        self,
+        inner: int,
+        outer: int,
+        kernel: int,
+        *,
+        groups: int = 1,
+        bias: bool = True,
+        init: Init | None = None,
+    ) -> None:
+        super().__init__(inner, outer, kernel, padding=kernel // 2, groups=groups, bias=bias)
+        shape = (outer, inner // groups, kernel, kernel)
+        self.inits: dict[str, Init] = {"weight": init or xavier_conv(shape)}
+        if bias:
+            self.inits["bias"] = Zero()
+
+    def reset_parameters(self) -> None:
+        """Nothing: `initialise` gives the values, from an address."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class Depthwise(Conv):
+    """One k×k kernel a channel."""
+
+    def __init__(self, width: int, kernel: int) -> None:
+        super().__init__(width, width, kernel, groups=width)
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """Normalise the last dim, without affine, in float32. (..., C) -> (..., C) float32."""
+    return F.layer_norm(x.float(), x.shape[-1:], eps=EPS)
+
+
+def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """normed: (B, ..., C) float32; shift, scale: (B, ..., C), zero = identity; dtype of shift.
+
+    Source: DiT, section 3.2 (adaLN). Why float32: 1 + scale in bf16 loses scales below 2^-8.
+    """
+    return (normed * (1 + scale.float()) + shift.float()).to(shift.dtype)
+
+
+class Conditioning(NamedTuple):
+    """What conditions a block, one per image."""
+
+    c: Tensor  # (B, D): SiLU(time + label)
+    time: Tensor  # (B, D): SiLU(time)
+    shared: Tensor | None  # (B, 6C): the part of the modulation that blocks share (adaLN-LoRA)
+
+
+def sinusoid(t: Tensor, width: int = FREQUENCIES) -> Tensor:
+    """Timestep features [cos | sin], frequencies 10000^(-i/half). t: (B,) -> (B, width) float32."""
+    half = width // 2
+    rate = torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10_000) / half)
+    angle = t.float()[:, None] * rate.exp()[None]
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class LabelTable(nn.Embedding):
+    """num_classes + 1 rows; the last is the null label."""
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__(num_classes + 1, width)
+        self.inits: dict[str, Init] = {"weight": Normal(0.02)}
+
+    def reset_parameters(self) -> None:
+        """Nothing: `initialise` gives the values, from an address."""
+
+
+class Condition(nn.Module):
+    """Time and label to one conditioning vector, with the shared adaLN of `adaln_lora` if asked."""
+
+    def __init__(self, width: int, num_classes: int, shared_adaln: bool = False) -> None:
+        super().__init__()
+        self.time1 = Linear(FREQUENCIES, width, init=Normal(0.02))
+        self.time2 = Linear(width, width, init=Normal(0.02))
+        self.label = LabelTable(num_classes, width)
+        self.adaln = Linear(width, 6 * width, init=Zero()) if shared_adaln else None
+
+    def forward(self, t: Tensor, label: Tensor) -> Conditioning:
+        """t: (B,) in sinusoid units; label: (B,) int64."""
+        waves = sinusoid(t).to(self.time1.weight.dtype)
+        time = self.time2(F.silu(self.time1(waves)))  # (B, D)
+        c = F.silu(time + self.label(label))
+        shared = None if self.adaln is None else self.adaln(c)
+        return Conditioning(c, F.silu(time), shared)
+
+
+class AdaLN(nn.Module):
+    """Modulation vectors of one block from its conditioning; all zero at the start.
+
+    With a rank, a low-rank part of its own is added to the part that blocks share.
+    Source: DiT section 3.2 (adaLN-Zero); adaLN-LoRA after PixArt and Cosmos.
+    """
+
+    def __init__(self, width: int, chunks: int, rank: int | None = None) -> None:
+        super().__init__()
+        self.chunks = chunks
+        self.down = None if rank is None else Linear(width, rank, bias=False)
+        self.up = Linear(rank or width, chunks * width, init=Zero())
+
+    def forward(self, cond: Conditioning, ndim: int) -> tuple[Tensor, ...]:
+        """`chunks` tensors (B, 1, ..., C) with ndim dims."""
+        if self.down is None:
+            out = self.up(cond.c)
+        else:
+            assert cond.shared is not None
+            out = cond.shared + self.up(self.down(cond.c))
+        out = out.view(out.shape[0], *(1,) * (ndim - 2), out.shape[-1])
+        return out.chunk(self.chunks, dim=-1)
+
+
+class Mlp(nn.Module):
+    """Two linears with tanh-GELU between: the feed-forward of DiT."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class SwiGLU(nn.Module):
+    """Bias-free gated feed-forward: the shared expert of DiT-MoE."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate = Linear(width, hidden, bias=False)
+        self.up = Linear(width, hidden, bias=False)
+        self.down = Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """One transformer block with adaLN-Zero; the identity at the start. (B, ..., C) -> the same.
+
+    Attention and feed-forward are given; both families and their MoE variants differ only in these.
+    """
+
+    def __init__(self, adaln: AdaLN, attn: nn.Module, ffn: nn.Module) -> None:
+        super().__init__()
+        self.adaln, self.attn, self.ffn = adaln, attn, ffn
+
+    def forward(
+        self, x: Tensor, cond: Conditioning, rope: Tensor | None = None
+    ) -> tuple[Tensor, Routing | None]:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(cond, x.ndim)
+        x = x + gate1 * self.attn(modulate(layer_norm(x), shift1, scale1), rope)
+        normed = layer_norm(x)
+        out, routing = modulate(normed, shift2, scale2), None
+        if isinstance(self.ffn, MoE):
+            out, routing = self.ffn(out, normed, cond.time)
+        else:
+            out = self.ffn(out)
+        return x + gate2 * out, routing
+
+
+class PatchEmbed(Linear):
+    """Patches to tokens, row-major: (B, C, H, W) -> (B, N, D); weight (D, C, p, p) flattened."""
+
+    def __init__(self, channels: int, patch: int, width: int) -> None:
+        super().__init__(channels * patch * patch, width)
+        self.patch = patch
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = F.pixel_unshuffle(input.to(self.weight.dtype), self.patch)  # (B, C*p*p, H/p, W/p)
+        return super().forward(x.flatten(2).transpose(1, 2))
+
+
+class PatchHead(nn.Module):
+    """Tokens back to an image. (B, N, D) -> (B, C, H, W); a patch is (row, column, channel)."""
+
+    def __init__(self, width: int, patch: int, channels: int) -> None:
+        super().__init__()
+        self.patch, self.channels = patch, channels
+        self.adaln = AdaLN(width, 2)
+        self.linear = Linear(width, patch * patch * channels, init=Zero())
+
+    def forward(self, x: Tensor, cond: Conditioning, grid: int) -> Tensor:
+        x = self.linear(modulate(layer_norm(x), *self.adaln(cond, x.ndim)))
+        x = x.view(-1, grid, grid, self.patch, self.patch, self.channels)
+        x = x.permute(0, 5, 1, 3, 2, 4)
+        return x.reshape(-1, self.channels, grid * self.patch, grid * self.patch)
+
+
+class PositionTable(nn.Module):
+    """Fixed 2-D sine-cosine positions, added to tokens. (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, width: int, grid: int) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.empty(grid * grid, width), persistent=False)
+        self.inits: dict[str, Init] = {"table": Table(partial(position_table, width, grid))}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.table.to(x.dtype)
+
+
+def position_table(width: int, grid: int) -> Tensor:
+    """(grid², width) float32: first half the column, second half the row, each [sin | cos].
+
+    Source: DiT's reference; frequencies 10000^(-j/(width/4)), integer coordinates.
+    """
+    with torch.device("cpu"):
+        quarter = width // 4
+        rate = 10_000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+        place = torch.arange(grid, dtype=torch.float64)[:, None] * rate
+        wave = torch.cat([place.sin(), place.cos()], dim=1)  # (grid, width/2)
+        column = wave[None, :].expand(grid, grid, -1)
+        row = wave[:, None].expand(grid, grid, -1)
+        return torch.cat([column, row], dim=-1).reshape(grid * grid, width).float()
+
+
+class ChannelAffineNorm(nn.Module):
+    """Layer norm with weight and bias, in float32: the qk-norm of DiT-MoE XL and G."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width))
+        self.inits: dict[str, Init] = {"weight": Fill(1.0), "bias": Zero()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), x.shape[-1:], self.weight.float(), self.bias.float(), EPS)

@@ -1,0 +1,71 @@
+"""What the configs of all families share: common fields, and how a published size fills the rest."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+
+class LatentConfig(BaseModel):
+    """What goes in and what comes out, whatever the family."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+    input_size: int = Field(32, ge=2)  # latent height = width, pixels
+    in_channels: int = Field(4, ge=1)  # latent channels
+    num_classes: int = Field(1000, ge=1)  # labels; one more row is the null label
+    learn_sigma: bool = True  # twice the channels out: the second half is the variance
+    zero_init_std: float = Field(
+        0.0, ge=0
+    )  # given to zero-initialised tensors; parity tests use 0.05
+    label_dropout: float = Field(0.1, ge=0, le=1)  # share of labels replaced by the null label
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+    def check_input(self, x_t: Tensor) -> None:
+        """Raise ValueError unless x_t is (B, in_channels, input_size, input_size)."""
+        want = (self.in_channels, self.input_size, self.input_size)
+        if tuple(x_t.shape[1:]) != want:
+            raise ValueError(
+                f"latent of shape {tuple(x_t.shape)} given to a model of (B, C, H, W) = (B, "
+                f"{', '.join(map(str, want))}); set in_channels and input_size to the data's"
+            )
+
+
+def fill_from_size(
+    values: Mapping[str, Any],
+    sizes: Mapping[str, Mapping[str, Any]],
+    needed: tuple[str, ...],
+    known: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The values with what `size` says put under the explicit ones.
+
+    needed: fields that must be there when no size is given; known: all fields of the config. Raises
+    ValueError for an unknown size, or when neither a size nor the needed fields are given.
+    """
+    given = {name: value for name, value in values.items() if value is not None}
+    if "size" in given:
+        size = given["size"]
+        if size not in sizes:
+            raise ValueError(
+                f"size={size!r} is not a published size; use one of {', '.join(sizes)}"
+            )
+        return {**sizes[size], **given}
+    missing = [name for name in needed if name not in given]
+    # why: a misspelt `size` is better reported by pydantic as an unknown field.
+    if missing and set(values) <= set(known):
+        raise ValueError(
+            f"neither size nor {', '.join(missing)} given; "
+            f"set size to one of {', '.join(sizes)}, or give {', '.join(needed)}"
+        )
+    return given
+
+
+def require_multiple(name: str, value: int, divisor: int, why: str) -> None:
+    """Raise ValueError unless value is a multiple of divisor; why: what the divisor is."""
+    if value % divisor:
+        near = max(1, round(value / divisor)) * divisor
+        raise ValueError(f"{name}={value} must be a multiple of {divisor} ({why}), such as {near}")

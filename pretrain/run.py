@@ -1,0 +1,133 @@
+"""The run directory: what is written beside the checkpoints, and how a run is asked to stop.
+
+The signal contract: SIGTERM, SIGINT or a file `stop` in the directory asks; all ranks agree in the
+step's own reduction, save, and end with 0; `done` appears only at the last step.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from pretrain.checkpoint import root, write_whole
+
+
+class RunError(ValueError):
+    """A run directory that cannot be used."""
+
+
+class Run:
+    """One rank's view of a run directory; only rank 0 writes."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.folder = folder
+        self._writes = rank == 0
+        self._lock: TextIO | None = None
+        self._signalled = False
+        if self._writes:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(folder)
+            for leftover in root(folder).glob(".step_*"):
+                shutil.rmtree(leftover)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._note)
+
+    def _note(self, _number: int, _frame: object) -> None:
+        self._signalled = True
+
+    def describe(self, config: str, steps: int, facts: dict[str, Any]) -> None:
+        """Writes config.yaml and environment.json; a larger `steps` removes `done`."""
+        if not self._writes:
+            return
+        write_whole(self.folder / "config.yaml", config)
+        write_whole(self.folder / "environment.json", json.dumps(environment() | facts, indent=1))
+        done = self.folder / "done"
+        if done.is_file() and int(done.read_text() or 0) < steps:
+            done.unlink()
+
+    def say(self, text: str) -> None:
+        """A sentence for people, once: console and log.txt."""
+        if self._writes:
+            print(text, flush=True)
+            with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
+                file.write(f"{datetime.now().isoformat(sep=' ', timespec='seconds')}  {text}\n")
+
+    def asked_to_stop(self) -> bool:
+        """Whether this rank was told to: by a signal, or rank 0 by the file `stop`."""
+        return self._signalled or (self._writes and (self.folder / "stop").exists())
+
+    def end(self, step: int, steps: int) -> None:
+        """After the last save: `done` if the run is complete; the request to stop is used up."""
+        if not self._writes:
+            return
+        if step >= steps:
+            write_whole(self.folder / "done", f"{step}\n")
+        with contextlib.suppress(FileNotFoundError):
+            (self.folder / "stop").unlink()
+
+
+def _locked(folder: Path, patience: float = 20.0) -> TextIO:
+    """Holds the directory for this process.
+
+    Why: after a kill the old ranks may still be dying; two writers would mix their histories.
+    """
+    handle = (folder / ".lock").open("w")
+    end = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise RunError(
+                    f"{folder} is in use by another training process; wait for it, stop it "
+                    f"(touch {folder / 'stop'}), or set another run_dir"
+                ) from None
+            time.sleep(0.1)
+        else:
+            return handle
+
+
+def environment() -> dict[str, Any]:
+    """What a run stands on: versions, machine, commit, command."""
+    packages = ("torch", "numpy", "webdataset", "diffusers", "deepspeed", "megatron-core")
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "machine": platform.node(),
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "commit": _commit(),
+        "packages": {name: _version(name) for name in packages},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the source tree, None outside a checkout."""
+    if shutil.which("git") is None:
+        return None
+    here = Path(__file__).resolve().parent
+    answer = subprocess.run(
+        ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return answer.stdout.strip() or None

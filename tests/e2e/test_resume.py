@@ -1,0 +1,108 @@
+"""A run that is killed and started again is the run that never stopped, bit for bit."""
+
+import json
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from pretrain import inspection
+from tests import ranks, tiny
+
+QUICK = [("udit-moe", 2, "bf16"), ("dit", 1, "fp32"), ("udit", 2, "fp32")]
+ALL = [
+    (model, world, precision)
+    for model in ("dit", "udit", "udit-moe", "dit-moe")
+    for world in (1, 2)
+    for precision in ("fp32", "bf16")
+]
+CASES = [
+    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow, id="-".join(map(str, case)))
+    for case in ALL
+]
+
+
+def history(run: Path) -> list[tuple[int, float, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
+
+
+@pytest.mark.parametrize(("model", "world", "precision"), CASES)
+def test_a_killed_run_ends_as_the_undisturbed_one(
+    model: str, world: int, precision: str, digits: Path, tmp_path: Path
+) -> None:
+    config = tiny.write(tmp_path, model, digits, precision=precision, checkpoint__every=7)
+    calm, hurt = tmp_path / "calm", tmp_path / "hurt"
+    ranks.train(config, calm, world=world)
+    kills = random.Random(f"{model}{world}{precision}")
+    for _ in range(2):
+        seen = len(history(hurt)) if (hurt / "metrics.jsonl").exists() else 0
+        hurt.mkdir(exist_ok=True)
+        words = ("train", str(config), f"run_dir={hurt}")
+        started = ranks.start(ranks.pretrain, world, *words, log=hurt / "ranks.log")
+        goal = seen + kills.randint(1, 12)
+        while all(p.is_alive() for p in started) and _lines(hurt) < goal:
+            time.sleep(0.005)
+        for process in started:
+            process.kill()
+        ranks.wait(started)
+    ranks.train(config, hurt, world=world)
+    assert [step for step, *_ in history(hurt)] == list(range(1, 41))
+    assert history(hurt) == history(calm)
+    assert (
+        inspection.contents(hurt, digest=True)["tensors"]
+        == inspection.contents(calm, digest=True)["tensors"]
+    )
+
+
+def _lines(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def test_a_stop_file_saves_and_the_same_command_goes_on(digits: Path, tmp_path: Path) -> None:
+    config = tiny.write(tmp_path, "dit", digits)
+    calm, stopped = tmp_path / "calm", tmp_path / "stopped"
+    ranks.train(config, calm, world=2)
+    started = ranks.start(ranks.pretrain, 2, "train", str(config), f"run_dir={stopped}")
+    while _lines(stopped) < 5:
+        time.sleep(0.005)
+    (stopped / "stop").touch()
+    assert ranks.wait(started) == [0, 0]
+    assert not (stopped / "done").exists()
+    assert not (stopped / "stop").exists()
+    reached = int((stopped / "latest").read_text())
+    assert 5 <= reached < 40
+    ranks.train(config, stopped, world=2)
+    assert history(stopped) == history(calm)
+    assert (stopped / "done").read_text() == "40\n"
+
+
+def test_a_half_written_newest_checkpoint_is_passed_over(digits: Path, tmp_path: Path) -> None:
+    config = tiny.write(tmp_path, "dit", digits, steps=20)
+    calm, hurt = tmp_path / "calm", tmp_path / "hurt"
+    ranks.train(config, calm)
+    ranks.train(config, hurt)
+    newest = hurt / "checkpoints" / "step_00000020"
+    data = next(newest.glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:-100])
+    (hurt / "done").unlink()
+    ranks.train(config, hurt)
+    said = (hurt / "ranks.log").read_text()
+    assert "step_00000020" in said
+    assert "the one before it is used" in said
+    assert history(hurt) == history(calm)
+
+
+def test_a_flipped_bit_in_the_newest_checkpoint_is_found(digits: Path, tmp_path: Path) -> None:
+    config = tiny.write(tmp_path, "dit", digits, steps=20)
+    run = tmp_path / "run"
+    ranks.train(config, run)
+    data = next((run / "checkpoints" / "step_00000020").glob("*.distcp"))
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    ranks.train(config, run, "steps=21")
+    assert "does not match its checksum" in (run / "ranks.log").read_text()
+    assert [step for step, *_ in history(run)] == list(range(1, 22))

@@ -1,0 +1,134 @@
+"""The mixture-of-experts layer against a dense loop over tokens and experts."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain.models.dit import PUBLISHED_MOE
+from pretrain.models.init import initialise
+from pretrain.models.layers import SwiGLU
+from pretrain.models.moe import MoE, MoEConfig, Router
+
+WIDTH = 8
+OURS = MoEConfig(experts=5, top_k=2, hidden=12, scale=1.5)
+PUBLISHED = MoEConfig(**{**PUBLISHED_MOE, "experts": 5, "hidden_ratio": 1.5})
+
+
+def layer(cfg: MoEConfig, *, shared: bool = True) -> MoE:
+    moe = MoE(WIDTH, cfg, SwiGLU(WIDTH, 6) if shared else None)
+    initialise(moe, 0, zero_std=0.5)
+    return moe.double()
+
+
+def tokens() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    draw = torch.randn(3, 3, 2, 3, WIDTH, generator=generator, dtype=torch.float64)
+    return draw[0], draw[1], draw[2, :, 0, 0]
+
+
+def dense(moe: MoE, x: Tensor, normed: Tensor, time: Tensor) -> Tensor:
+    """Every token through every expert of its own, one at a time, in float64."""
+    cfg, router, experts = moe.cfg, moe.router, moe.experts
+    out = []
+    for b in range(x.shape[0]):
+        for token, seen in zip(x[b].reshape(-1, WIDTH), normed[b].reshape(-1, WIDTH), strict=True):
+            read = token if cfg.router_input == "modulated" else seen
+            logits = router.weight @ read
+            if cfg.router_time:
+                logits = logits + router.time @ time[b]
+            score = logits.softmax(-1) if cfg.score == "softmax" else logits.sigmoid()
+            chosen = (score + router.bias).topk(cfg.top_k).indices
+            weights = score[chosen]
+            if cfg.renormalise:
+                weights = weights / weights.sum()
+            y = torch.zeros(WIDTH, dtype=x.dtype)
+            for e, weight in zip(chosen, weights * cfg.scale, strict=True):
+                hidden = F.silu(experts.gate[e] @ token) * (experts.up[e] @ token)
+                y = y + weight * (experts.down[e] @ hidden)
+            out.append(y if moe.shared is None else y + moe.shared(token))
+    return torch.stack(out).view(x.shape)
+
+
+@pytest.mark.parametrize("cfg", [OURS, PUBLISHED], ids=["ours", "published"])
+@pytest.mark.parametrize("case", ["mixed", "all on two"])
+def test_values_and_gradients_equal_a_dense_loop(cfg: MoEConfig, case: str) -> None:
+    moe = layer(cfg)
+    if case == "all on two":
+        moe.router.bias[1:3] += 100
+    args = tokens()
+    # why: the grouped product knows no float64, so ours runs in float32 beside the exact loop.
+    single, exact = copy.deepcopy(moe).float(), moe
+    out, routing = single(*(value.float() for value in args))
+    want = dense(exact, *args)
+    torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
+    out.square().sum().backward()
+    want.square().sum().backward()
+    for (name, got), ref in zip(single.named_parameters(), exact.parameters(), strict=True):
+        assert got.grad is not None, name
+        wanted = torch.zeros_like(ref) if ref.grad is None else ref.grad
+        torch.testing.assert_close(got.grad.double(), wanted, atol=2e-5, rtol=1e-4)
+    assert routing.counts.sum(-1).tolist() == [12.0] * 3
+    if case == "all on two":
+        assert routing.counts.tolist() == [[0, 6, 6, 0, 0]] * 3
+        assert single.experts.gate.grad[[0, 3, 4]].eq(0).all()
+
+
+def test_routing_is_the_same_in_training_and_evaluation() -> None:
+    moe = layer(OURS).float()
+    args = [value.float() for value in tokens()]
+    out, routing = moe.train()(*args)
+    out_eval, routing_eval = moe.eval()(*args)
+    assert torch.equal(out, out_eval)
+    assert torch.equal(routing.counts, routing_eval.counts)
+
+
+def test_bias_chooses_and_does_not_weigh() -> None:
+    router = Router(WIDTH, OURS)
+    initialise(router, 0)
+    x, time = torch.randn(2, 4, WIDTH), torch.randn(2, WIDTH)
+    router.bias[3] += 10
+    weights, experts, routing = router(x, time)
+    assert experts[..., 0].eq(3).all()
+    score = F.linear(x, router.weight).sigmoid()
+    picked = score.gather(-1, experts)
+    torch.testing.assert_close(weights, OURS.scale * picked / picked.sum(-1, keepdim=True))
+    assert routing.counts.requires_grad is False
+    assert routing.counts[:, 3].tolist() == [4.0, 4.0]
+
+
+def test_routing_reports_sums_over_the_tokens_of_an_image() -> None:
+    router = Router(WIDTH, PUBLISHED)
+    initialise(router, 0)
+    x = torch.randn(2, 4, WIDTH)
+    _, experts, routing = router(x, torch.zeros(2, WIDTH))
+    logits = F.linear(x, router.weight)
+    torch.testing.assert_close(routing.probs, logits.softmax(-1).sum(1))
+    torch.testing.assert_close(routing.z, logits.logsumexp(-1).square().sum(1))
+    assert routing.counts[1].tolist() == torch.bincount(experts[1].flatten(), minlength=5).tolist()
+
+
+@pytest.mark.parametrize(("scale", "low", "high"), [(0.0, 1.0, 1.0), (1.0, 1.0, 1.3)])
+def test_published_auxiliary_loss_is_alpha_at_a_zero_router(
+    scale: float, low: float, high: float
+) -> None:
+    router = Router(WIDTH, PUBLISHED)
+    initialise(router, 0)
+    with torch.no_grad():
+        router.weight.mul_(scale)
+    _, _, routing = router(torch.randn(4, 64, WIDTH), torch.zeros(4, WIDTH))
+    share = routing.counts.sum(0) / routing.counts.sum()
+    score = routing.probs.sum(0) / (4 * 64)
+    loss = PUBLISHED.aux_batch * PUBLISHED.experts * (share * score).sum()
+    assert PUBLISHED.aux_batch * low - 1e-8 <= loss.item() <= PUBLISHED.aux_batch * high + 1e-8
+
+
+def test_router_starts_as_published_and_its_time_term_at_zero() -> None:
+    router = Router(64, MoEConfig(experts=16))
+    initialise(router, 0)
+    assert 0.12 < router.weight.abs().max() <= 64**-0.5
+    assert router.time.eq(0).all()
+    assert router.bias.eq(0).all()
+    assert router.bias.dtype == torch.float32
