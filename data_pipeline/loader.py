@@ -62,13 +62,14 @@ def check(cfg: LoaderConfig, *, num_classes: int, channels: int, input_size: int
     c, height, width = manifest.latent_shape
     if c != channels:
         raise DataError(
-            f"'{cfg.path}' holds latents of {c} channels, the model takes {channels}; set the "
-            f"model's channels to {c} or use a set encoded with another codec."
+            f"'{cfg.path}' holds latents of {c} channels, the model takes {channels}; set "
+            f"model.in_channels={c} or encode with another codec."
         )
     if (height, width) != (input_size, input_size):
         raise DataError(
             f"'{cfg.path}' holds latents of {height}x{width}, the model takes "
-            f"{input_size}x{input_size}; set the model's input size or encode with another --size."
+            f"{input_size}x{input_size}; set model.input_size={height} or encode with another "
+            "--size."
         )
     index = read_index(cfg.path, split)
     _check_labels(cfg, manifest, index, num_classes)
@@ -84,7 +85,7 @@ def _check_labels(
         raise DataError(
             f"'{cfg.path}' split {cfg.split}: sample {wrong[0]} has label "
             f"{index['label'][wrong[0]]}, the model knows 0..{num_classes - 1} ({len(wrong)} such "
-            f"samples); set the model's num_classes to {manifest.num_classes} or encode again."
+            f"samples); set model.num_classes={manifest.num_classes} or encode again."
         )
 
 

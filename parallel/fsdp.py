@@ -52,10 +52,10 @@ def accumulate(model: nn.Module, *, last: bool) -> None:
 
 
 def regather(model: nn.Module) -> None:
-    """Drops gathered weights, so that the next forward gathers the shards as they are now.
+    """Drops gathered weights: parameters are the shards again, the next forward gathers them anew.
 
-    Why: FSDP2 keeps the root's (and the routers') gathered copy after a forward without backward;
-    weights exchanged underneath, for sampling from the EMA, would not be seen.
+    Why: after a forward without backward FSDP2 keeps the root's and the routers' gathered copies, and
+    shows those as the parameters; a change of the shards underneath would not be seen.
     """
     for module in sharded_modules(model):
         module.reshard()

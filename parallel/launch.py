@@ -79,10 +79,13 @@ def join(place: Place, *, threads: int, timeout: timedelta) -> torch.device:
             backend, store=store, rank=place.rank, world_size=place.world, timeout=timeout
         )
     else:
-        dist.init_process_group(
-            backend, rank=place.rank, world_size=place.world, timeout=timeout
-        )
+        dist.init_process_group(backend, rank=place.rank, world_size=place.world, timeout=timeout)
     return device
+
+
+def joined() -> bool:
+    """Whether this process is in a group with the others."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def leave() -> None:
@@ -129,9 +132,7 @@ def spawn(command: Sequence[str], nproc: int) -> int:
                 process.kill()
 
 
-def _start(
-    command: Sequence[str], nproc: int, rank: int, store: Path
-) -> "subprocess.Popen[bytes]":
+def _start(command: Sequence[str], nproc: int, rank: int, store: Path) -> "subprocess.Popen[bytes]":
     env = os.environ | {
         "RANK": str(rank),
         "WORLD_SIZE": str(nproc),

@@ -2,7 +2,8 @@
 
 The dense view is `dp_replicate × dp_shard × sp × tp`, in that order, the last axis fastest. Batches
 are split over the data axes (`dp_replicate × dp_shard`), master weights are sharded over the same.
-The expert view `dp_replicate × edp × ep × etp` folds over the same ranks: dp_shard·sp·tp = edp·ep·etp.
+The expert view `dp_replicate × edp × ep × etp` folds over the same ranks:
+dp_shard·sp·tp = edp·ep·etp.
 """
 
 from dataclasses import dataclass
@@ -57,12 +58,18 @@ def degrees(cfg: MeshConfig, world: int) -> Degrees:
 
     Raises LayoutError if they do not multiply to the world, with the nearest degree that does.
     """
+    for axis in ("sp", "etp"):
+        if getattr(cfg, axis) > 1:
+            raise LayoutError(
+                f"mesh.{axis}={getattr(cfg, axis)}: this axis exists with size 1 for now "
+                f"(256-px models do not need it); set mesh.{axis}=1"
+            )
     fixed = cfg.dp_replicate * cfg.sp * cfg.tp
     shard = cfg.dp_shard or max(1, world // fixed)
     if fixed * shard != world:
         raise LayoutError(
             f"mesh.dp_replicate·dp_shard·sp·tp = {cfg.dp_replicate}·{shard}·{cfg.sp}·{cfg.tp} = "
-            f"{fixed * shard}, but there are {world} ranks; {_nearest(cfg, world)}"
+            f"{fixed * shard}, but the number of ranks is {world}; {_nearest(cfg, world)}"
         )
     inner = shard * cfg.sp * cfg.tp
     if inner % (cfg.ep * cfg.etp):
@@ -71,12 +78,6 @@ def degrees(cfg: MeshConfig, world: int) -> Degrees:
             f"mesh.ep·etp = {cfg.ep}·{cfg.etp} must divide dp_shard·sp·tp = {inner}; "
             f"set mesh.ep={good}"
         )
-    for axis in ("sp", "etp"):
-        if getattr(cfg, axis) > 1:
-            raise LayoutError(
-                f"mesh.{axis}={getattr(cfg, axis)}: this axis exists with size 1 for now "
-                f"(256-px models do not need it); set mesh.{axis}=1"
-            )
     return Degrees(cfg.dp_replicate, shard, cfg.sp, cfg.tp, cfg.ep, cfg.etp)
 
 
@@ -87,12 +88,12 @@ def _nearest(cfg: MeshConfig, world: int) -> str:
     return f"start {fixed * (cfg.dp_shard or 1)} ranks or change the degrees"
 
 
-def check_supported(sizes: Degrees) -> None:
+def check_supported(cfg: MeshConfig) -> None:
     """Raises LayoutError for axes that this version plans for but cannot train with."""
     for axis in ("dp_replicate", "tp", "ep"):
-        if getattr(sizes, axis) > 1:
+        if getattr(cfg, axis) > 1:
             raise LayoutError(
-                f"mesh.{axis}={getattr(sizes, axis)} is planned for (`pretrain plan`) but training "
+                f"mesh.{axis}={getattr(cfg, axis)} is planned for (`pretrain plan`) but training "
                 f"supports {axis} 1 in this version; set mesh.{axis}=1"
             )
 

@@ -6,6 +6,7 @@ owner has put a manifest into it.
 
 import hashlib
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 
 def write(tensors: dict[str, Tensor], folder: Path) -> dict[str, dict[str, int | str]]:
@@ -43,21 +45,22 @@ def read(tensors: dict[str, Tensor], folder: Path) -> None:
 
 def read_alone(names: list[str], folder: Path) -> dict[str, Tensor]:
     """Full tensors of `folder` by name, on the CPU, without a process group."""
-    entries = FileSystemReader(folder).read_metadata().state_dict_metadata
-    full = {}
-    for name in names:
-        entry = entries[name]
-        full[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    dcp.load(full, storage_reader=FileSystemReader(folder), no_dist=True)
+    kinds = contents(folder)
+    full = {name: torch.empty(kinds[name][0], dtype=kinds[name][1]) for name in names}
+    with warnings.catch_warnings():
+        # why: DCP warns that there is no process group, which is what is wanted here.
+        warnings.simplefilter("ignore", UserWarning)
+        dcp.load(dict(full), storage_reader=FileSystemReader(folder), no_dist=True)
     return full
 
 
-def names(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every tensor in `folder`."""
+def contents(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor in `folder`, by name."""
     entries = FileSystemReader(folder).read_metadata().state_dict_metadata
     return {
         name: (tuple(entry.size), entry.properties.dtype)
         for name, entry in sorted(entries.items())
+        if isinstance(entry, TensorStorageMetadata)
     }
 
 

@@ -7,6 +7,7 @@ Tensors go through `parallel.storage`; this room owns names, manifest, retention
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,12 +67,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def newest(run_dir: Path, say: Callable[[str], None] = lambda _: None) -> Path | None:
-    """The newest whole checkpoint of a run, None if there is none; `say` hears of damaged ones."""
+    """The newest whole checkpoint of a run, None if there is none; `say` hears what others lack."""
     for folder in sorted(root(run_dir).glob("step_*"), reverse=True):
         try:
             read_manifest(folder)
         except CheckpointError as error:
-            say(f"checkpoint skipped: {error}; the one before it is used")
+            say(str(error))
             continue
         return folder
     return None
@@ -80,17 +81,26 @@ def newest(run_dir: Path, say: Callable[[str], None] = lambda _: None) -> Path |
 def locate(place: Path) -> Path:
     """The checkpoint that a run directory or a checkpoint directory means.
 
-    Raises CheckpointError if there is none.
+    Damaged ones that are passed over are named on stderr. Raises CheckpointError if none is whole.
     """
     if (place / "manifest.json").is_file():
         return place
-    folder = newest(place)
+    damaged: list[str] = []
+    folder = newest(place, damaged.append)
     if folder is None:
+        found = f"{place} {'holds no checkpoint' if place.is_dir() else 'is no directory'}"
         raise CheckpointError(
-            f"{place} holds no checkpoint; expected a run directory with checkpoints/step_*/, "
+            f"{damaged[0] if damaged else found}; give a run directory with checkpoints/step_*/, "
             "or one such step directory"
         )
+    for problem in damaged:
+        print(f"checkpoint skipped: {problem}; the one before it is used", file=sys.stderr)
     return folder
+
+
+# How the parts of `data` in a manifest are set.
+_SET_BY = {"data.fingerprint": "data.path (SHA-256 of its index)", "data.seed": "seed"}
+_SHOWN = 4  # changes named in one message
 
 
 def check_fit(run_dir: Path, model: dict[str, Any], data: dict[str, Any]) -> None:
@@ -99,19 +109,30 @@ def check_fit(run_dir: Path, model: dict[str, Any], data: dict[str, Any]) -> Non
     if folder is None:
         return
     manifest = read_manifest(folder)
-    for part, ours, advice in (
-        ("model", model, "set another run_dir to start anew, or restore the model's configuration"),
-        ("data", data, "set another run_dir, or restore the data set and data.global_batch"),
-    ):
-        theirs = manifest[part]
-        keys = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
-        if keys:
-            changes = ", ".join(
-                f"{part}.{k}: checkpoint {theirs.get(k)!r}, now {ours.get(k)!r}" for k in keys
-            )
+    for part, ours in (("model", model), ("data", data)):
+        changes = _changes(part, manifest[part], ours)
+        if changes:
+            more = f" and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
             raise CheckpointError(
-                f"{folder} is a checkpoint of another {part} ({changes}); {advice}"
+                f"{folder} was made with other {part} settings: {', '.join(changes[:_SHOWN])}"
+                f"{more}; restore them to resume, or set another run_dir to start anew"
             )
+
+
+def _changes(name: str, theirs: Any, ours: Any) -> list[str]:
+    """`key=now (checkpoint: then)` for every leaf that differs."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        # why: of another family everything differs, and its name says it all
+        keys = sorted(theirs.keys() | ours.keys(), key=lambda k: (k not in ("family", "size"), k))
+        return [c for k in keys for c in _changes(f"{name}.{k}", theirs.get(k), ours.get(k))]
+    if theirs == ours:
+        return []
+    return [f"{_SET_BY.get(name, name)}={_short(ours)} (checkpoint: {_short(theirs)})"]
+
+
+def _short(value: Any) -> str:
+    text = "null" if value is None else "{…}" if isinstance(value, dict) else str(value)
+    return text if len(text) <= 24 else f"{text[:12]}…"
 
 
 class Checkpoint:
@@ -146,7 +167,7 @@ class Checkpoint:
         return False
 
     def _damage(self, folder: Path) -> str | None:
-        """What is wrong with a checkpoint, agreed by all ranks; each hashes its part of the files."""
+        """What is wrong with a checkpoint, agreed by all ranks; each hashes a part of the files."""
         problem = None
         try:
             files = sorted(read_manifest(folder)["files"].items())
@@ -177,7 +198,9 @@ class Checkpoint:
             self._publish(partial, final, files, state)
         dist.barrier()  # dist: the checkpoint is whole
 
-    def _publish(self, partial: Path, final: Path, files: dict[str, Any], state: TrainState) -> None:
+    def _publish(
+        self, partial: Path, final: Path, files: dict[str, Any], state: TrainState
+    ) -> None:
         manifest = {"format": FORMAT, "state": state.scalars(), "files": files, **self._facts}
         manifest["torch"] = str(torch.__version__)
         write_whole(partial / "manifest.json", json.dumps(manifest, indent=1))

@@ -20,6 +20,7 @@ from parallel.errors import LayoutError
 from pretrain import config
 from pretrain.checkpoint import CheckpointError
 from pretrain.evaluate import EvaluationError
+from pretrain.metrics import LogError
 from pretrain.run import RunError
 from pretrain.sampling import SamplingError
 
@@ -30,6 +31,7 @@ INPUT_ERRORS = (
     CheckpointError,
     SamplingError,
     EvaluationError,
+    LogError,
     RunError,
 )
 
@@ -50,16 +52,17 @@ def train(
     nproc: Annotated[int, typer.Option(min=0, help="Local ranks; 0: this process alone.")] = 0,
 ) -> None:
     """Train. The same command resumes; alone, under torchrun, under srun, or with --nproc."""
-    from pretrain import train as page  # why: torch and FSDP take seconds; --help should not
+    from pretrain import preflight
+    from pretrain import train as page
 
     place = launch.Place.here()
     cfg = config.load(path, overrides or [])
     if nproc and launch.STORE not in os.environ:
-        page.preflight(cfg, nproc)
+        preflight.preflight(cfg, nproc)
         command = [sys.executable, "-m", "pretrain", "train", str(path), *(overrides or [])]
         raise typer.Exit(launch.spawn(command, nproc))
     launch.die_with_parent()
-    page.preflight(cfg, place.world)
+    preflight.preflight(cfg, place.world)
     page.train(cfg)
 
 
@@ -86,7 +89,9 @@ def sample(
     sampler: Annotated[str | None, typer.Option(help="ddpm | ddim | euler | heun")] = None,
     steps: Annotated[int | None, typer.Option(min=1)] = None,
     guidance: Annotated[float | None, typer.Option(help="1: none.")] = None,
-    guidance_channels: Annotated[str | None, typer.Option(help="all | 3 (as DiT published)")] = None,
+    guidance_channels: Annotated[
+        str | None, typer.Option(help="all | 3 (as DiT published)")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     weights: Annotated[str, typer.Option(help="ema | model")] = "ema",
 ) -> None:
@@ -95,7 +100,10 @@ def sample(
 
     opened = trained.Trained.load(place, trained.weights_named(weights))
     cfg = opened.sampling(
-        sampler=sampler, steps=steps, guidance=guidance, guidance_channels=guidance_channels
+        sampler=sampler,
+        steps=steps,
+        guidance=guidance,
+        guidance_channels=3 if guidance_channels == "3" else guidance_channels,
     )
     classes = trained.parse_labels(labels, opened.latents.num_classes)
     images = opened.draw(classes.repeat_interleave(per_class), cfg, seed)
@@ -176,7 +184,7 @@ def encode(
     print(f"{out}: {counts}; codec {manifest.codec}, latents {manifest.latent_shape}")
     if manifest.quarantined:
         listing = Path(out) / str(manifest.quarantine)
-        print(f"{manifest.quarantined} files are no image and were left out: {listing}")
+        print(f"left out because no image: {manifest.quarantined}, listed in {listing}")
 
 
 @data.command()
@@ -201,10 +209,29 @@ def _show(values: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(values, indent=1, default=str))
         return
+    console = Console(soft_wrap=True)
     table = Table(show_header=False, box=None)
-    for name, value in _flat(values):
-        table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
-    Console().print(table)
+    for name, value in _flat({k: v for k, v in values.items() if not _is_rows(v)}):
+        table.add_row(name, _cell(value))
+    console.print(table)
+    for name, rows in values.items():
+        if _is_rows(rows):
+            table = Table(*rows[0], title=name)
+            for row in rows:
+                table.add_row(*(_cell(value) for value in row.values()))
+            console.print(table)
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], dict)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "\n".join(map(str, value)) or "none"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -222,7 +249,8 @@ def main() -> None:
     try:
         app()
     except INPUT_ERRORS as error:
-        # why: every rank under torchrun finds the same mistake; one says it.
-        if launch.Place.here().rank == 0:
+        # why: until the ranks have met, all of them find the same mistake and one says it. Later it
+        # can be of one rank alone, such as a damaged sample in its share.
+        if launch.Place.here().rank == 0 or launch.joined():
             print(f"pretrain: {error}", file=sys.stderr)
         sys.exit(2)

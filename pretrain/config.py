@@ -5,13 +5,22 @@ Only `train.py` and the commands see the root; every part gets its own branch.
 
 import difflib
 import types
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt
-from pydantic import ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from data_pipeline.loader import LoaderConfig
 from parallel.mesh import Degrees, MeshConfig
@@ -24,7 +33,6 @@ from pretrain.objectives import DDPM, ObjectiveConfig
 from pretrain.optim import OptimConfig
 from pretrain.preview import PreviewConfig
 from pretrain.schedules import ScheduleConfig
-
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -76,23 +84,38 @@ def load(path: str | Path, overrides: list[str]) -> Config:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist; give a YAML file, see configs/")
-    bad = [item for item in overrides if "=" not in item]
-    if bad:
-        raise ConfigError(f"override {bad[0]!r} is not key=value; write for example optim.lr=1e-4")
-    try:
-        tree = OmegaConf.merge(
-            {"run_dir": f"runs/{path.stem}"},
-            OmegaConf.load(path),
-            OmegaConf.from_dotlist([_yaml_number(item) for item in overrides]),
-        )
-        plain = OmegaConf.to_container(tree, resolve=True)
-    except (OmegaConfBaseException, ValueError, OSError) as error:
-        raise ConfigError(f"{path} with {overrides} is not readable: {error}") from error
-    except Exception as error:
-        if type(error).__module__.startswith("yaml"):
-            raise ConfigError(f"{path} or an override is not YAML: {error}") from error
-        raise
+    with _readable(str(path)):
+        tree = OmegaConf.load(path)
+    if not isinstance(tree, DictConfig):
+        raise ConfigError(f"{path} holds {_short(tree)}, no keys; write KEY: VALUE, see configs/")
+    tree = OmegaConf.merge({"run_dir": f"runs/{path.stem}"}, tree)
+    for item in overrides:
+        if not item.partition("=")[0].strip() or "=" not in item:
+            raise ConfigError(f"override {item!r} is not KEY=VALUE; write such as optim.lr=1e-4")
+        with _readable(f"override {item!r}"):
+            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([_yaml_number(item)]))
+    with _readable(f"the configuration in {path}"):
+        plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     return validate(plain)
+
+
+@contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """Turns a complaint of the YAML reader or of OmegaConf into a ConfigError about `what`."""
+    try:
+        yield
+    except (OmegaConfBaseException, ValueError, OSError) as error:
+        key = getattr(error, "full_key", None)
+        reason = (f"{key}: {error}" if key else str(error)).partition("\n")[0]
+        raise ConfigError(f"{what} cannot be read: {reason}; correct it") from error
+    except Exception as error:
+        if not type(error).__module__.startswith("yaml"):
+            raise
+        mark = getattr(error, "problem_mark", None)
+        in_file = mark is not None and Path(mark.name).is_file()
+        place = f" in line {mark.line + 1}, column {mark.column + 1}" if in_file else ""
+        reason = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise ConfigError(f"{what} is not YAML: {reason}{place}; correct it") from error
 
 
 def _yaml_number(item: str) -> str:
@@ -106,47 +129,84 @@ def _yaml_number(item: str) -> str:
 
 def validate(tree: Any) -> Config:
     """Builds the Config from plain dicts. Raises ConfigError naming each bad key."""
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(dict(e)) for e in error.errors())) from error
+    return part(Config, tree)
 
 
-def part(model: type[T], tree: dict[str, Any]) -> T:
+def part(model: type[T], tree: Any) -> T:
     """Builds one part from plain values. Raises ConfigError naming each bad key."""
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(dict(e)) for e in error.errors())) from error
+        lines = [_explain(model, dict(e)) for e in error.errors(include_url=False)]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from error
 
 
-def _explain(error: dict[str, Any]) -> str:
-    tags = {"dit", "dit-moe", "udit", "ddpm", "flow", "constant", "cosine", "wsd"}
-    parts = [str(p) for p in error["loc"]]
-    where = ".".join(p for i, p in enumerate(parts) if not (i and p in tags)) or "config"
-    if error["type"] == "extra_forbidden":
-        known = _keys(Config, parts[:-1])
-        close = difflib.get_close_matches(parts[-1], known, n=1)
-        hint = f'did you mean "{close[0]}"?' if close else f"known keys: {', '.join(sorted(known))}"
-        return f"unknown key {where}: {hint}"
-    if error["type"] == "missing":
+# What each of pydantic's type errors wanted, in words for people.
+_WANTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "text",
+    "tuple": "a list",
+    "model": "a group of keys",
+    "dict": "a group of keys",
+}
+
+
+def _explain(model: type[BaseModel], error: dict[str, Any]) -> str:
+    keys, owner = _follow(model, [str(part) for part in error["loc"]])
+    where, last, kind = ".".join(keys), keys[-1] if keys else "", error["type"]
+    if kind == "extra_forbidden":
+        return f"unknown key {where}: {_nearest(last, owner.model_fields)}"
+    if kind.startswith("union_tag"):
+        return _explain_tag(where, _members(owner.model_fields[last].annotation), error)
+    if kind == "missing" and last.isdigit():
+        return f"{'.'.join(keys[:-1])}={_short(error['input'])} has too few values; add the others"
+    if kind == "missing":
         return f"{where} is missing; set it in the YAML file or as {where}=…"
     message = str(error["msg"]).removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return f"{where}: {message}" if parts else message
-    return f"{where} = {error['input']!r}: {message[0].lower()}{message[1:]}; change {where}"
+    if kind == "value_error":
+        return f"{where}: {message}" if where else message
+    wanted = _WANTED.get(kind.partition("_")[0])
+    must = f"must be {wanted}" if wanted else message.replace("Input should", "must", 1)
+    return f"{where}={_short(error['input'])} {must}; change {where}"
 
 
-def _keys(model: Any, path: list[str]) -> list[str]:
-    """Field names of the model at `path`; tags of unions in the path choose their member."""
-    for depth, part in enumerate(path):
-        fields = getattr(model, "model_fields", {})
-        if part not in fields:
-            continue
-        members = _members(fields[part].annotation)
-        chosen = path[depth + 1] if depth + 1 < len(path) else None
-        model = next((m for m in members if _tag(m) == chosen), members[0] if members else model)
-    return list(getattr(model, "model_fields", {}))
+def _explain_tag(where: str, members: list[type[BaseModel]], error: dict[str, Any]) -> str:
+    """A choice between parts that was not made, or made of none of them."""
+    field = error["ctx"]["discriminator"].strip("'")
+    tags = [str(_tag(member)) for member in members]
+    if error["type"] == "union_tag_not_found":
+        return f"{where}.{field} is missing; set it to one of {', '.join(tags)}"
+    came = str(error["ctx"]["tag"])
+    return f"{where}.{field}={came} is not known: {_nearest(came, tags)}"
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    return f'did you mean "{close[0]}"?' if close else f"use one of {', '.join(known)}"
+
+
+def _short(value: Any) -> str:
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _follow(part: type[BaseModel], path: list[str]) -> tuple[list[str], type[BaseModel]]:
+    """The keys as a person types them, and the part that holds the last of them.
+
+    Why: pydantic puts the tag of the chosen member of a union into the path.
+    """
+    keys: list[str] = []
+    steps = iter(path)
+    for key in steps:
+        keys.append(key)
+        field = part.model_fields.get(key)
+        members = _members(field.annotation) if field else []
+        tag = next(steps, None) if len(members) > 1 else None
+        part = next((m for m in members if len(members) == 1 or _tag(m) == tag), part)
+    return keys, part
 
 
 def _members(annotation: Any) -> list[type[BaseModel]]:
@@ -177,5 +237,3 @@ def check_batch(cfg: Config, sizes: Degrees) -> None:
 
 def to_yaml(cfg: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(cfg.model_dump(mode="json")))
-
-

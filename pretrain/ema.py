@@ -55,6 +55,7 @@ class EMA:
 
     @torch.no_grad()
     def _exchange(self) -> None:
+        regather(self._model)  # why: after a forward alone the model shows its gathered weights
         for average, parameter in zip(
             self._average.values(), self._model.parameters(), strict=True
         ):
@@ -62,4 +63,3 @@ class EMA:
             held = weight.clone()
             weight.copy_(average)
             average.copy_(held)
-        regather(self._model)

@@ -31,7 +31,7 @@ class StepConfig:
     max_skips: int  # skipped steps in a row that end the run
     clip: float | None  # largest gradient norm
     label_dropout: float  # share of labels replaced by the null label
-    independent_dropout: bool  # one draw a label table instead of one for all (published U-DiT)
+    dropout_draws: int  # 1, or one a label table (published U-DiT)
     null_label: int
     moe: MoEConfig | None
     time_bins: int  # timestep bins in which expert load is counted
@@ -146,8 +146,7 @@ class Engine:
 
     def _forward(self, batch: Batch) -> tuple[Tensor, list[Routing], Tensor]:
         """Loss of each sample, (B,); routing of each MoE layer; timestep bin of each sample, (B,)."""
-        tables = self._state.model.label_tables if self._cfg.independent_dropout else 1
-        shape = batch.x.shape[1:]
+        shape, tables = batch.x.shape[1:], self._cfg.dropout_draws
         drawn = draw(self._state.seed, self._state.step, batch.slots, shape, tables=tables)
         noise = drawn.noise.to(self._device, non_blocking=True)
         t = self._objective.time(drawn.u).to(self._device, non_blocking=True)

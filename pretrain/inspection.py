@@ -20,7 +20,7 @@ def contents(place: Path, *, digest: bool) -> dict[str, Any]:
     folder = checkpoint.locate(place)
     manifest = checkpoint.read_manifest(folder)
     tensors: dict[str, Any] = {}
-    for name, (shape, dtype) in storage.names(folder).items():
+    for name, (shape, dtype) in storage.contents(folder).items():
         if digest:
             tensors[name] = digest_of(storage.read_alone([name], folder)[name])
         else:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from data_pipeline.codecs import Codec
+from data_pipeline.codecs import open_codec
 from data_pipeline.decode import decode
 from data_pipeline.shards import Manifest
 from pretrain import pictures, sampling
@@ -25,14 +25,38 @@ class PreviewConfig(SampleConfig):
     classes: PositiveInt = 10  # classes shown
 
 
-def preview_labels(cfg: PreviewConfig, num_classes: int) -> Tensor:
-    """Labels of a grid, a row a class. (N,) int64."""
-    shown = torch.arange(min(cfg.classes, num_classes))
-    return shown.repeat_interleave(cfg.per_class)
+class Preview:
+    """Draws the same labels from the same noise each time, so that grids can be compared."""
+
+    def __init__(
+        self, cfg: PreviewConfig, objective: Objective, manifest: Manifest, *, null: int
+    ) -> None:
+        """null: the label "no class". Opens the codec only if pictures are wanted."""
+        self._cfg, self._objective, self._manifest, self._null = cfg, objective, manifest, null
+        self._codec = open_codec(manifest.codec, manifest.codec_source) if cfg.every else None
+        shown = torch.arange(min(cfg.classes, manifest.num_classes))
+        self._labels = shown.repeat_interleave(cfg.per_class)
+
+    def save(self, state: TrainState, path: Path) -> None:
+        """Writes one grid, a row a class. Every rank calls it; rank 0 writes."""
+        assert self._codec is not None, "sample.every is 0"
+        shape = self._manifest.latent_shape
+        latents = draw_together(
+            state, self._objective, self._cfg, self._labels, null=self._null, shape=shape
+        )
+        if dist.get_rank() == 0:
+            images = decode(latents, self._manifest, self._codec)
+            pictures.save(path, images, columns=self._cfg.per_class)
 
 
 def draw_together(
-    state: TrainState, objective: Objective, cfg: SampleConfig, labels: Tensor, shape: Sequence[int]
+    state: TrainState,
+    objective: Objective,
+    cfg: SampleConfig,
+    labels: Tensor,
+    *,
+    null: int,
+    shape: Sequence[int],
 ) -> Tensor:
     """Latents for `labels` from the averaged weights, (N, C, H, W), on every rank's CPU.
 
@@ -42,7 +66,6 @@ def draw_together(
     rank, world = dist.get_rank(), dist.get_world_size()
     share = -(-len(labels) // world)
     indices = [i % len(labels) for i in range(rank * share, (rank + 1) * share)]
-    device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     with state.ema.swapped():
@@ -51,28 +74,13 @@ def draw_together(
             objective,
             cfg,
             labels[indices],
-            null=model.cfg.num_classes,
+            null=null,
             shape=shape,
             seed=state.seed,
             indices=indices,
-            device=device,
+            device=next(model.parameters()).device,
         )
     model.train(was_training)
     parts = [torch.empty_like(mine) for _ in range(world)]
     dist.all_gather(parts, mine.contiguous())  # dist: once a grid
     return torch.cat(parts)[: len(labels)].cpu()
-
-
-def save_grid(
-    state: TrainState,
-    objective: Objective,
-    cfg: PreviewConfig,
-    manifest: Manifest,
-    codec: Codec,
-    path: Path,
-) -> None:
-    """Draws the preview and writes it once. Every rank calls it."""
-    labels = preview_labels(cfg, manifest.num_classes)
-    latents = draw_together(state, objective, cfg, labels, manifest.latent_shape)
-    if dist.get_rank() == 0:
-        pictures.save(path, decode(latents, manifest, codec), columns=cfg.per_class)

@@ -29,6 +29,14 @@ class RunError(ValueError):
     """A run directory that cannot be used."""
 
 
+def check_place(folder: Path) -> None:
+    """Raises RunError if there is no making or writing a run directory here."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "cannot be written to" if there.is_dir() else "is no directory"
+        raise RunError(f"run_dir={folder}: {there} {what}; set another run_dir")
+
+
 class Run:
     """One rank's view of a run directory; only rank 0 writes."""
 

@@ -10,14 +10,11 @@ from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
-from data_pipeline.codecs import open_codec
-from data_pipeline.loader import Loader, check
-from data_pipeline.shards import Manifest
+from data_pipeline.loader import Loader
 from parallel import launch
-from parallel.mesh import Degrees, Mesh, check_supported, degrees
+from parallel.mesh import Mesh, degrees
 from parallel.reduce import any_rank
-from pretrain import checkpoint as checkpoints
-from pretrain import config, preview, sampling
+from pretrain import config
 from pretrain.checkpoint import Checkpoint
 from pretrain.config import Config
 from pretrain.engine import Engine, StepConfig
@@ -25,40 +22,11 @@ from pretrain.meter import Meter
 from pretrain.metrics import Log
 from pretrain.parallelize import parallelize
 from pretrain.plan import flops_per_image
+from pretrain.preflight import identity
+from pretrain.preview import Preview
 from pretrain.run import Run
 from pretrain.schedules import every
 from pretrain.state import TrainState
-
-
-def preflight(cfg: Config, world: int) -> Manifest:
-    """Everything a person can have got wrong, checked before any rank or process group exists.
-
-    Raises ConfigError, LayoutError, DataError, SamplingError or CheckpointError.
-    """
-    sizes = degrees(cfg.mesh, world)
-    check_supported(sizes)
-    config.check_batch(cfg, sizes)
-    manifest = check(
-        cfg.data,
-        num_classes=cfg.model.num_classes,
-        channels=cfg.model.in_channels,
-        input_size=cfg.model.input_size,
-    )
-    if cfg.sample.every:
-        sampling.check(cfg.sample, cfg.objective)
-    checkpoints.check_fit(Path(cfg.run_dir), **identity(cfg, manifest))
-    return manifest
-
-
-def identity(cfg: Config, manifest: Manifest) -> dict[str, dict[str, object]]:
-    """What must be the same for a checkpoint to be continued: the model, the data and their order."""
-    data = {
-        "fingerprint": manifest.split(cfg.data.split).index_sha256,
-        "global_batch": cfg.data.global_batch,
-        "order": cfg.data.order,
-        "seed": cfg.seed,
-    }
-    return {"model": cfg.model.model_dump(mode="json"), "data": data}
 
 
 def step_config(cfg: Config) -> StepConfig:
@@ -69,7 +37,7 @@ def step_config(cfg: Config) -> StepConfig:
         max_skips=cfg.max_skips,
         clip=cfg.clip,
         label_dropout=cfg.model.label_dropout,
-        independent_dropout=getattr(cfg.model, "label_dropout_independent", False),
+        dropout_draws=cfg.model.dropout_draws,
         null_label=cfg.model.num_classes,
         moe=getattr(cfg.model, "moe", None),
         time_bins=cfg.log.time_bins,
@@ -81,7 +49,7 @@ def train(cfg: Config) -> None:
     place = launch.Place.here()
     threads = cfg.threads or launch.default_threads(place)
     device = launch.join(place, threads=threads, timeout=timedelta(seconds=cfg.timeout))
-    sizes: Degrees = degrees(cfg.mesh, place.world)
+    sizes = degrees(cfg.mesh, place.world)
     mesh = Mesh(sizes, device.type)
     run = Run(Path(cfg.run_dir), place.rank)
     loader = Loader(cfg.data, *mesh.data, seed=cfg.seed)
@@ -102,15 +70,19 @@ def train(cfg: Config) -> None:
         "config": cfg.model_dump(mode="json"),
     }
     checkpoint = Checkpoint(cfg.checkpoint, run.folder, facts, run.say)
-    codec = open_codec(manifest.codec, manifest.codec_source, device=device)
+    preview = Preview(cfg.sample, cfg.objective, manifest, null=cfg.model.num_classes)
 
     # Restore: the same command resumes. Nothing to load is a fresh run.
     checkpoint.restore(state)
     run.describe(
-        config.to_yaml(cfg), cfg.steps, {"threads": threads, "world": place.world, "mesh": asdict(sizes)}
+        config.to_yaml(cfg),
+        cfg.steps,
+        {"threads": threads, "world": place.world, "mesh": asdict(sizes)},
     )
     settings = cfg.model_dump(mode="json")
-    log = Log(cfg.log, run.folder, rank=place.rank, steps=cfg.steps, start=state.step, settings=settings)
+    log = Log(
+        cfg.log, run.folder, rank=place.rank, steps=cfg.steps, start=state.step, settings=settings
+    )
     meter = Meter(cfg.data.global_batch, flops_per_image(cfg.model), place.world)
 
     # Loop: one line a verb, in the order time flows.
@@ -123,10 +95,12 @@ def train(cfg: Config) -> None:
         stop = engine.settle()
         log.tick(state.step)
         if every(cfg.log.every, state.step):
-            log.train(state.step, meter.record(state, metrics))  # sync: the only one in a plain step
+            log.train(
+                state.step, meter.record(state, metrics)
+            )  # sync: the only one in a plain step
         if every(cfg.sample.every, state.step):
             picture = run.folder / "samples" / f"step_{state.step:08d}.png"
-            preview.save_grid(state, cfg.objective, cfg.sample, manifest, codec, picture)
+            preview.save(state, picture)
             log.picture(state.step, "samples", picture)
         if every(cfg.checkpoint.every, state.step):
             stop = engine.settle(everything=True)

@@ -123,6 +123,8 @@ def parse_labels(text: str, num_classes: int) -> Tensor:
     except ValueError:
         raise config.ConfigError(f"--labels {text!r}: write classes as 3,1,4 or 0-9") from None
     wrong = [label for label in labels if not 0 <= label < num_classes]
+    if not labels:
+        raise config.ConfigError(f"--labels {text}: no class is meant; write 3,1,4 or 0-9")
     if wrong:
         raise config.ConfigError(f"--labels: {wrong[0]} is out of range; use 0-{num_classes - 1}")
     return torch.tensor(labels)

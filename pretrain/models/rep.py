@@ -52,8 +52,8 @@ class Kernels(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.apart:
             return x + self.five(x) + self.three(x) + self.one(x)
-        # perf: torch runs a depthwise 1×1 on CPU channel by channel; apart, U-DiT-S takes
-        # twice as long.
+        # perf: U-DiT-S forward and backward, batch 8, one thread of a busy CPU: 10.2 s, apart
+        # 15.5 s, because torch runs a depthwise 1×1 channel by channel there.
         # why: x stays outside, because 1 + weight in bf16 would lose the weight.
         weight, bias = self._sum(torch.float32)
         weight, bias = weight.to(x.dtype), bias.to(x.dtype)

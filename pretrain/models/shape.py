@@ -1,10 +1,13 @@
 """What the configs of all families share: fields, and how a published size fills the rest."""
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
+
+MANY = 12  # sizes; of more only the nearest are named in a message
 
 
 class LatentConfig(BaseModel):
@@ -24,6 +27,11 @@ class LatentConfig(BaseModel):
     @property
     def out_channels(self) -> int:
         return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def dropout_draws(self) -> int:
+        """Label-dropout draws a sample: 1, or one a label table where each has its own."""
+        return 1
 
     def check_input(self, x_t: Tensor) -> None:
         """Raise ValueError unless x_t is (B, in_channels, input_size, input_size)."""
@@ -49,9 +57,10 @@ def fill_from_size(
     given = {name: value for name, value in values.items() if value is not None}
     if "size" in given:
         size = given["size"]
-        if size not in sizes:
+        if not isinstance(size, str) or size not in sizes:
+            near = get_close_matches(str(size), sizes, n=3) if len(sizes) > MANY else []
             raise ValueError(
-                f"size={size!r} is not a published size; use one of {', '.join(sizes)}"
+                f"size={size!r} is not a published size; use one of {', '.join(near or sizes)}"
             )
         return {**sizes[size], **given}
     missing = [name for name in needed if name not in given]

@@ -94,6 +94,10 @@ class UDiTConfig(LatentConfig):
             require_multiple(f"{stage} head_dim", head_dim, 4, "rotary pairs of two axes")
         return self
 
+    @property
+    def dropout_draws(self) -> int:
+        return UDiT.label_tables if self.label_dropout_independent else 1
+
     def stage_width(self, stage: str) -> int:
         """Channels of a stage."""
         return self.width * STAGES[stage][0]

@@ -147,7 +147,7 @@ def test_equal_blocks_counted_once_give_what_a_whole_run_gives() -> None:
     with torch.device("meta"), FlopCounterMode(display=False) as flops, torch.no_grad():
         build(cfg)(torch.empty(1, 4, 16, 16), torch.empty(1), torch.zeros(1, dtype=torch.int64))
     assert flops_per_image(cfg) == 3 * flops.get_total_flops()
-    assert 0.98 < flops_per_image(cfg) / plan(cfg, Layout()).flops_train_per_image < 1
+    assert 0.95 < flops_per_image(cfg) / plan(cfg, Layout()).flops_train_per_image < 1
 
 
 @pytest.mark.parametrize("ep", [4, 3])
