@@ -105,7 +105,10 @@ class Haar:
         return (x * 128 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
     def normalisation(self, mean: np.ndarray, std: np.ndarray) -> tuple[list[float], list[float]]:
-        return mean.tolist(), np.where(std > 0, 1 / np.where(std > 0, std, 1), 1).tolist()
+        # why: one scale for all bands. The transform is orthonormal, so noise is then the same in
+        # latents and in pixels; a scale a band would spend the loss on faint detail.
+        spread = float(np.sqrt(np.mean(np.square(std))))
+        return mean.tolist(), [1 / spread if spread > 0 else 1.0] * len(std)
 
 
 class KL:

@@ -24,9 +24,9 @@ def decode(latents: Tensor, manifest: Manifest, codec: Codec) -> Images:
 def real_images(
     place: Path, split: str, codec: Codec, *, seed: int, most: int = 20_000
 ) -> tuple[Images, NDArray[np.int64]]:
-    """Images of a split as the codec gives them back, at most `most` chosen by `seed`; their labels.
+    """Images of a split as the codec gives them back, and their labels.
 
-    (N, c, h, w) and (N,). A posterior is decoded from its mean.
+    (N, c, h, w) and (N,); at most `most`, chosen by `seed`. A posterior is decoded from its mean.
     """
     manifest = Manifest.load(place)
     count = manifest.split(split).count
@@ -40,7 +40,7 @@ def real_images(
 def _read(
     place: Path, manifest: Manifest, split: str, ids: NDArray[np.int64]
 ) -> tuple[Tensor, NDArray[np.int64]]:
-    """Raw latents of these samples, unmirrored, and their labels. Raises DataError for a bad one."""
+    """Raw latents of these samples, unmirrored, and their labels. Raises DataError."""
     part = manifest.split(split)
     index = read_index(place, part)
     reader = Reader(place, manifest, part, index, max_bad=0, check_crc=True)

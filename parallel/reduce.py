@@ -21,7 +21,7 @@ def ordered_sum(values: Tensor) -> Tensor:
 
 
 def sum_of_squares(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Sum of squares of this rank's shards, (), float64; each element counts once over all ranks."""
+    """Sum of squares of this rank's shards, (), float64; an element counts on one rank only."""
     parts = [part for part in map(local, tensors) if part.numel()]
     norms = torch._foreach_norm(parts, 2) if parts else []
     if not norms:

@@ -1,6 +1,6 @@
 """Keeping experts evenly loaded: auxiliary losses from a forward's routing, and the bias update.
 
-A layer's routing is data (`Routing`), given back by the model; nothing here touches the model's graph.
+A layer's routing is data (`Routing`), given back by the model; nothing here looks into the model.
 Source: batch-wise loss: Switch Transformers, Eq. 4-6, as DiT-MoE; bias: Auxiliary-Loss-Free Load
 Balancing; z-loss: ST-MoE, Eq. 5.
 """
@@ -23,15 +23,17 @@ def auxiliary_loss(
     """This rank's share of the balancing losses of one micro-batch, (); shares of all ranks add up.
 
     everywhere: sums a tensor over all data ranks. The batch-wise loss is taken over the micro-batch
-    of all ranks: it does not know the layout, but it does know the accumulation. The per-image and z
-    losses know neither.
+    of all ranks: it does not know the layout, but it does know the accumulation. The per-image loss
+    and the z-loss know neither.
     """
     total = routings[0].probs.new_zeros(())
     picks_per_image = routings[0].counts[0].sum()
     tokens = picks_per_image / cfg.top_k  # of an image
     if cfg.aux_batch:
         counts = torch.stack([r.counts.sum(dim=0) for r in routings])  # (L, E)
-        counts = everywhere(counts.flatten()).view_as(counts)  # dist: every rank, once a micro-batch
+        counts = everywhere(counts.flatten()).view_as(
+            counts
+        )  # dist: every rank, once a micro-batch
         share = cfg.experts * counts / counts.sum(dim=1, keepdim=True)  # f_e
         probs = torch.stack([r.probs.sum(dim=0) for r in routings])  # (L, E)
         total = total + cfg.aux_batch * (share * probs).sum() / (tokens * global_batch)

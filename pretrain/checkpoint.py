@@ -103,13 +103,16 @@ _SET_BY = {"data.fingerprint": "data.path (SHA-256 of its index)", "data.seed": 
 _SHOWN = 4  # changes named in one message
 
 
-def check_fit(run_dir: Path, model: dict[str, Any], data: dict[str, Any]) -> None:
-    """Raises CheckpointError if the newest checkpoint in `run_dir` is of another model or data."""
+def check_fit(run_dir: Path, identity: dict[str, dict[str, Any]]) -> None:
+    """Raises CheckpointError if the newest checkpoint in `run_dir` is of another run.
+
+    identity: what must be the same to go on, by part: model, objective, data.
+    """
     folder = newest(run_dir)
     if folder is None:
         return
     manifest = read_manifest(folder)
-    for part, ours in (("model", model), ("data", data)):
+    for part, ours in identity.items():
         changes = _changes(part, manifest[part], ours)
         if changes:
             more = f" and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
@@ -145,7 +148,7 @@ class Checkpoint:
         facts: dict[str, Any],
         say: Callable[[str], None],
     ) -> None:
-        """facts: what the manifest records beside the state: model, data, latents, config."""
+        """facts: what the manifest holds beside the state: the run's identity, latents, config."""
         self._cfg = cfg
         self._run_dir = run_dir
         self._facts = facts

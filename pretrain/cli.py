@@ -58,6 +58,11 @@ def train(
     place = launch.Place.here()
     cfg = config.load(path, overrides or [])
     if nproc and launch.STORE not in os.environ:
+        if place.world > 1:
+            raise config.ConfigError(
+                f"--nproc {nproc} starts ranks by itself, but {place.world} were started already "
+                "by torchrun or srun; leave --nproc out"
+            )
         preflight.preflight(cfg, nproc)
         command = [sys.executable, "-m", "pretrain", "train", str(path), *(overrides or [])]
         raise typer.Exit(launch.spawn(command, nproc))

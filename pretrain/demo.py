@@ -43,7 +43,7 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def train_with_a_stop(cfg: config.Config) -> int | None:
-    """Trains to the end, asked to stop once on the way; the step it stopped at, None if it was past."""
+    """Trains to the end, asked to stop once on the way; at which step, None if it was past."""
     run_dir = Path(cfg.run_dir)
     words = ("train", str(CONFIG), "--nproc", str(RANKS))
     half = cfg.steps // 2
@@ -100,7 +100,9 @@ def main() -> None:
     cfg = config.load(CONFIG, [])
     run_dir, data = Path(cfg.run_dir), Path(cfg.data.path)
     if not (data / "manifest.json").exists():
-        ended_well(run("data", "encode", "digits", "--out", str(data), "--codec", str(cfg.data.codec)))
+        ended_well(
+            run("data", "encode", "digits", "--out", str(data), "--codec", str(cfg.data.codec))
+        )
     if (run_dir / "done").exists():
         print(f"{run_dir} is complete; remove it to train again")
     stopped = train_with_a_stop(cfg)

@@ -1,7 +1,7 @@
-"""One training step: accumulate, reduce, guard, update. Saves nothing, logs nothing, draws nothing twice.
+"""One training step: accumulate, reduce, guard, update. Saves nothing and logs nothing.
 
-The step costs one collective of its own beside FSDP's: loss, gradient norm, the stop flag and expert
-counts travel together. What it decides is read one step later from an asynchronous copy.
+The step costs one collective of its own beside FSDP's: loss, gradient norm, the stop flag and
+expert counts travel together. What it decides is read one step later from an asynchronous copy.
 """
 
 from collections import deque
@@ -48,7 +48,7 @@ class Metrics:
     lr: float
 
 
-class TooManySkips(RuntimeError):
+class TooManySkipsError(RuntimeError):
     """The run does not recover by leaving steps out."""
 
 
@@ -94,7 +94,7 @@ class Engine:
         """Takes note of what past steps decided; whether any of them agreed to stop.
 
         The newest step is left in flight unless `everything`, as a checkpoint needs. Raises
-        TooManySkips after `max_skips` skipped steps in a row, on all ranks alike.
+        TooManySkipsError after `max_skips` skipped steps in a row, on all ranks alike.
         """
         while len(self._pending) > (0 if everything else 1):
             values, event = self._pending.popleft()
@@ -109,9 +109,9 @@ class Engine:
         state.skipped += skipped
         state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
         if state.skipped_in_a_row >= self._cfg.max_skips:
-            raise TooManySkips(
-                f"{state.skipped_in_a_row} steps in a row up to about step {state.step} had a loss or "
-                f"gradient that is not finite and were skipped (max_skips={self._cfg.max_skips}); "
+            raise TooManySkipsError(
+                f"{state.skipped_in_a_row} steps in a row up to about step {state.step} had a loss "
+                f"or gradient that is not finite and were skipped (max_skips={self._cfg.max_skips}); "
                 "lower optim.lr, lengthen schedule.warmup, or look at the data"
             )
 
@@ -145,7 +145,7 @@ class Engine:
         return loss, load
 
     def _forward(self, batch: Batch) -> tuple[Tensor, list[Routing], Tensor]:
-        """Loss of each sample, (B,); routing of each MoE layer; timestep bin of each sample, (B,)."""
+        """Loss of each sample, (B,); routing of each MoE layer; timestep bin of a sample, (B,)."""
         shape, tables = batch.x.shape[1:], self._cfg.dropout_draws
         drawn = draw(self._state.seed, self._state.step, batch.slots, shape, tables=tables)
         noise = drawn.noise.to(self._device, non_blocking=True)

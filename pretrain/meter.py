@@ -1,4 +1,4 @@
-"""Rates of a run: images and FLOPs a second, time lost to data, memory. Reads clocks, writes nothing."""
+"""Rates of a run: images and FLOPs a second, time lost to data, memory. Writes nothing."""
 
 import resource
 import time

@@ -14,7 +14,6 @@ from torch.optim.adamw import adamw
 from parallel.shards import like, local
 
 
-
 class OptimConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 

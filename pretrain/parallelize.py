@@ -1,6 +1,6 @@
 """Where a model meets the mesh: built on meta, sharded, allocated, then filled from addresses.
 
-The order is the content: no rank ever holds the whole model, and every layout starts from the same one.
+The order is the content: no rank ever holds the whole model, and every layout starts from the same.
 """
 
 import torch

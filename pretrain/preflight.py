@@ -28,16 +28,20 @@ def preflight(cfg: Config, world: int) -> Manifest:
     if cfg.sample.every:
         sampling.check(cfg.sample, cfg.objective)
     run.check_place(Path(cfg.run_dir))
-    checkpoint.check_fit(Path(cfg.run_dir), **identity(cfg, manifest))
+    checkpoint.check_fit(Path(cfg.run_dir), identity(cfg, manifest))
     return manifest
 
 
 def identity(cfg: Config, manifest: Manifest) -> dict[str, dict[str, Any]]:
-    """What must be the same for a checkpoint to be continued: the model, the data, their order."""
+    """What must be the same for a run to go on: model, objective, data and its order."""
     data = {
         "fingerprint": manifest.split(cfg.data.split).index_sha256,
         "global_batch": cfg.data.global_batch,
         "order": cfg.data.order,
         "seed": cfg.seed,
     }
-    return {"model": cfg.model.model_dump(mode="json"), "data": data}
+    return {
+        "model": cfg.model.model_dump(mode="json"),
+        "objective": cfg.objective.model_dump(mode="json"),
+        "data": data,
+    }

@@ -24,9 +24,7 @@ class TrainState:
 
     @staticmethod
     def new(model: nn.Module, optim: OptimConfig, ema: EMAConfig, seed: int) -> "TrainState":
-        return TrainState(
-            model, AdamW(optim, model.named_parameters()), EMA(ema, model), seed
-        )
+        return TrainState(model, AdamW(optim, model.named_parameters()), EMA(ema, model), seed)
 
     def advance(self, cursor: Cursor) -> None:
         self.step += 1

@@ -11,7 +11,7 @@ import pytest
 from pretrain import inspection
 from tests import ranks, tiny
 
-QUICK = [("udit-moe", 2, "bf16"), ("dit", 1, "fp32"), ("udit", 2, "fp32")]
+QUICK = [("udit-moe", 2, "fp32"), ("dit", 1, "bf16")]
 ALL = [
     (model, world, precision)
     for model in ("dit", "udit", "udit-moe", "dit-moe")
@@ -19,7 +19,9 @@ ALL = [
     for precision in ("fp32", "bf16")
 ]
 CASES = [
-    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow, id="-".join(map(str, case)))
+    pytest.param(
+        *case, marks=() if case in QUICK else pytest.mark.slow, id="-".join(map(str, case))
+    )
     for case in ALL
 ]
 

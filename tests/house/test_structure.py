@@ -60,9 +60,7 @@ def test_the_models_know_no_mesh_and_no_objective() -> None:
     for path in (ROOT / "pretrain" / "models").rglob("*.py"):
         known = {name for name in imports(path) if name.startswith(("pretrain", "parallel"))}
         others = {
-            name
-            for name in known
-            if not name.startswith(("pretrain.models", "parallel.experts"))
+            name for name in known if not name.startswith(("pretrain.models", "parallel.experts"))
         }
         assert not others, f"{path.name} imports {others}"
 
