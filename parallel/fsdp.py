@@ -54,8 +54,8 @@ def accumulate(model: nn.Module, *, last: bool) -> None:
 def regather(model: nn.Module) -> None:
     """Drops gathered weights: parameters are the shards again, the next forward gathers them anew.
 
-    Why: after a forward without backward FSDP2 keeps the gathered copies of the root and the routers,
-    and shows those as the parameters; a change of the shards underneath would not be seen.
+    Why: after a forward without backward FSDP2 keeps the gathered copies of the root and of the
+    routers, and shows those as the parameters; a change of the shards would not be seen.
     """
     for module in sharded_modules(model):
         module.reshard()

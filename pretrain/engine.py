@@ -111,7 +111,8 @@ class Engine:
         if state.skipped_in_a_row >= self._cfg.max_skips:
             raise TooManySkipsError(
                 f"{state.skipped_in_a_row} steps in a row up to about step {state.step} had a loss "
-                f"or gradient that is not finite and were skipped (max_skips={self._cfg.max_skips}); "
+                "or gradient that is not finite and were skipped "
+                f"(max_skips={self._cfg.max_skips}); "
                 "lower optim.lr, lengthen schedule.warmup, or look at the data"
             )
 

@@ -14,7 +14,7 @@ from tests import ranks, tiny
 QUICK = [("udit-moe", 2, "fp32"), ("dit", 1, "bf16")]
 ALL = [
     (model, world, precision)
-    for model in ("dit", "udit", "udit-moe", "dit-moe")
+    for model in ("dit", "udit", "udit-moe")
     for world in (1, 2)
     for precision in ("fp32", "bf16")
 ]
