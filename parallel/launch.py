@@ -55,7 +55,9 @@ class Place:
 
 def default_threads(place: Place) -> int:
     """This rank's share of the cores it may use."""
-    return max(1, len(os.sched_getaffinity(0)) // place.local_world)
+    linux = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
+    return max(1, cores // place.local_world)
 
 
 def join(place: Place, *, threads: int, timeout: timedelta) -> torch.device:
