@@ -64,9 +64,11 @@ class Kernels(nn.Module):
     def _sum(self, least: torch.dtype) -> tuple[Tensor, Tensor]:
         parts = (self.five, self.three, self.one)
         dtype = torch.promote_types(least, parts[0].weight.dtype)
-        padded = [F.pad(p.weight.to(dtype), (i,) * 4) for i, p in enumerate(parts)]
+        five, three, one = (F.pad(p.weight.to(dtype), (i,) * 4) for i, p in enumerate(parts))
+        # why: added, not stacked and summed. Autograd gives the parts of a stack views of one
+        # gradient, and a second micro-batch would then be added to that memory three times.
         biases = [p.bias.to(dtype) for p in parts if p.bias is not None]
-        return torch.stack(padded).sum(0), torch.stack(biases).sum(0)
+        return five + three + one, biases[0] + biases[1] + biases[2]
 
     def merge_to(self, out: Depthwise) -> None:
         """Give `out` the sum."""
