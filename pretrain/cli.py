@@ -233,7 +233,8 @@ def _is_rows(value: Any) -> bool:
 
 def _cell(value: Any) -> str:
     if isinstance(value, list | tuple):
-        return "\n".join(map(str, value)) or "none"
+        text = ", ".join(map(str, value)) or "none"
+        return text if len(text) <= 80 else "\n".join(map(str, value))
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
