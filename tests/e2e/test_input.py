@@ -280,7 +280,7 @@ def test_guidance_of_three_channels_can_be_asked_for(
     ("words", "parts"),
     [
         ("nowhere", ["source 'nowhere' was not found", "Give a folder of class folders"]),
-        ("configs", ["source 'configs' has no class folders", "expected configs/CLASS/FILE"]),
+        (".ci", ["source '.ci' has no class folders", "expected .ci/CLASS/FILE"]),
         ("digits --codec jpeg", ["codec 'jpeg' is unknown; choose haar"]),
         ("digits --codec kl", ["codec 'kl' needs weights: give --vae DIRECTORY or a hub id"]),
         ("digits --size 9", ["is 9x9, but codec haar1 needs multiples of 2; give --size"]),
