@@ -3,7 +3,7 @@
 The dense view is `dp_replicate × dp_shard × sp × tp`, in that order, the last axis fastest. Batches
 are split over the data axes (`dp_replicate × dp_shard`), master weights are sharded over the same.
 The expert view `dp_replicate × edp × ep × etp` folds over the same ranks:
-dp_shard·sp·tp = edp·ep·etp.
+dp_shard·sp·tp = edp·ep·etp. Experts borrow ranks, they add none.
 """
 
 from dataclasses import dataclass
@@ -18,25 +18,26 @@ from parallel.errors import LayoutError
 class MeshConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    dp_replicate: PositiveInt = 1  # ranks that hold the same shard
+    dp_replicate: PositiveInt = 1  # ranks that hold the same compute shard
     dp_shard: PositiveInt | None = None  # ranks that share one copy; null: the rest of the world
     sp: PositiveInt = 1  # sequence axis
     tp: PositiveInt = 1  # tensor axis
     ep: PositiveInt = 1  # expert axis, folded over dp_shard × sp × tp
     etp: PositiveInt = 1  # tensor axis inside an expert
     reshard_after_forward: bool = True  # free gathered weights between forward and backward
+    offload: bool = False  # masters, moments and averages live in CPU memory
 
 
 @dataclass(frozen=True)
 class Degrees:
     """Sizes of every axis for one world; their product is the world."""
 
-    dp_replicate: int
-    dp_shard: int
-    sp: int
-    tp: int
-    ep: int
-    etp: int
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    sp: int = 1
+    tp: int = 1
+    ep: int = 1
+    etp: int = 1
 
     @property
     def data(self) -> int:
@@ -44,13 +45,18 @@ class Degrees:
         return self.dp_replicate * self.dp_shard
 
     @property
+    def inner(self) -> int:
+        """Ranks of one replica."""
+        return self.dp_shard * self.sp * self.tp
+
+    @property
     def world(self) -> int:
-        return self.data * self.sp * self.tp
+        return self.dp_replicate * self.inner
 
     @property
     def edp(self) -> int:
         """Ranks of one replica that hold the same experts."""
-        return self.dp_shard * self.sp * self.tp // (self.ep * self.etp)
+        return self.inner // (self.ep * self.etp)
 
 
 def degrees(cfg: MeshConfig, world: int) -> Degrees:
@@ -88,31 +94,67 @@ def _nearest(cfg: MeshConfig, world: int) -> str:
     return f"start {fixed * (cfg.dp_shard or 1)} ranks or change the degrees"
 
 
-def check_supported(cfg: MeshConfig) -> None:
-    """Raises LayoutError for axes that this version plans for but cannot train with."""
-    for axis in ("dp_replicate", "tp", "ep"):
-        if getattr(cfg, axis) > 1:
-            raise LayoutError(
-                f"mesh.{axis}={getattr(cfg, axis)} is planned for (`pretrain plan`) but training "
-                f"supports {axis} 1 in this version; set mesh.{axis}=1"
-            )
+@dataclass(frozen=True)
+class Axis:
+    """One axis as this rank sees it."""
+
+    rank: int = 0  # place on the axis
+    size: int = 1
+    group: dist.ProcessGroup | None = None  # None: the axis has size 1 and nobody to talk to
+    mesh: DeviceMesh | None = None  # the same as a 1-D mesh, for placements
+    ordered: bool = False  # sums are taken in rank order, whatever the topology
+
+
+ALONE = Axis()
 
 
 class Mesh:
-    """The dense view as a DeviceMesh, and this process's place in it."""
+    """Both views of the world, and this process's place in them.
 
-    def __init__(self, sizes: Degrees, device_type: str) -> None:
+    shard: 1-D mesh that FSDP cuts dense weights over; experts: the one for experts (the edp axis).
+    """
+
+    def __init__(self, sizes: Degrees, device_type: str, *, ordered: bool = False) -> None:
         self.sizes = sizes
         self.rank = dist.get_rank()
-        axes = {"dp_replicate": sizes.dp_replicate, "dp_shard": sizes.dp_shard}
-        # why: an axis of size 1 makes no communicator; the shard axis is always there for FSDP.
-        used = {name: n for name, n in axes.items() if n > 1 or name == "dp_shard"}
-        self.shard: DeviceMesh = init_device_mesh(
-            device_type, tuple(used.values()), mesh_dim_names=tuple(used)
-        )
-        # What `fully_shard` takes: 1-D, or (replicate, shard) for HSDP.
+        self.ordered = ordered
+        dense = {"dp_replicate": sizes.dp_replicate, "dp_shard": sizes.dp_shard, "tp": sizes.tp}
+        self._dense = _view(dense, "dp_shard", device_type)
+        if sizes.ep == 1 and sizes.tp == 1:
+            self._expert, edp = self._dense, "dp_shard"
+        else:
+            expert = {"dp_replicate": sizes.dp_replicate, "edp": sizes.edp, "ep": sizes.ep}
+            self._expert, edp = _view(expert, "edp", device_type), "edp"
+        self.shard: DeviceMesh = self._dense["dp_shard"]
+        self.experts: DeviceMesh = self._expert[edp]
+        self.tp = self._axis(self._dense, "tp")
+        self.ep = self._axis(self._expert, "ep")
+        self.replicate = self._axis(self._dense, "dp_replicate")
+        self.data = self._data()
 
-    @property
-    def data(self) -> tuple[int, int]:
-        """(rank, size) among the ranks that read different slots."""
-        return self.rank // (self.sizes.sp * self.sizes.tp), self.sizes.data
+    def _axis(self, view: DeviceMesh, name: str) -> Axis:
+        if name not in (view.mesh_dim_names or ()):
+            return ALONE
+        one = view[name]
+        return Axis(one.get_local_rank(), one.size(), one.get_group(), one, self.ordered)
+
+    def _data(self) -> Axis:
+        """The ranks that read different slots; those of one tp group read the same."""
+        sizes = self.sizes
+        rank = self.rank // (sizes.sp * sizes.tp)
+        if sizes.data == 1:
+            return ALONE
+        if sizes.tp == 1:
+            return Axis(rank, sizes.data, dist.group.WORLD, None, self.ordered)
+        if sizes.dp_replicate == 1:
+            return self._axis(self._dense, "dp_shard")
+        if sizes.dp_shard == 1:
+            return self._axis(self._dense, "dp_replicate")
+        both = self._dense["dp_replicate", "dp_shard"]._flatten("data")
+        return Axis(rank, sizes.data, both.get_group(), both, self.ordered)
+
+
+def _view(axes: dict[str, int], always: str, device_type: str) -> DeviceMesh:
+    # why: an axis of size 1 makes no communicator; the axis FSDP cuts over is always there.
+    used = {name: size for name, size in axes.items() if size > 1 or name == always}
+    return init_device_mesh(device_type, tuple(used.values()), mesh_dim_names=tuple(used))
