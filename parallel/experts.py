@@ -2,9 +2,9 @@
 order it needs.
 
 `grouped_mm` is our own operator around `F.grouped_mm`: fp32 and bf16 on any device, a fake kernel,
-both gradients, FLOP formulas. `order_by_expert`, `dispatch` and `combine` bring tokens into the
-order of their experts and back by gathers only, forward and backward, so the sums are the same in
-every run. Nothing here waits for the device or talks to another rank.
+both gradients, FLOP formulas. `order_by_expert`, `spread` and `combine` bring tokens into the order
+of their experts and back by gathers and segment sums only, forward and backward, so the sums are
+the same in every run. Nothing here waits for the device or talks to another rank.
 """
 
 from typing import Any, NamedTuple
@@ -17,16 +17,31 @@ from torch.utils.flop_counter import register_flop_formula
 _ALIGN = 16  # bytes; the grouped kernels refuse other strides
 
 
-class Order(NamedTuple):
-    """The order of all token picks by expert. T tokens, k picks each."""
+class Picks(NamedTuple):
+    """Which experts read which tokens: P picks of T tokens, in order of token.
 
-    forth: Tensor  # (T*k,) int64: which pick stands at this row
-    back: Tensor  # (T*k,) int64: at which row this pick stands
+    A pick of expert E (one past the last) is nobody's. Such picks stand at the end, and `lengths`
+    does not count them.
+    """
+
+    experts: Tensor  # (P,) int64
+    weights: Tensor  # (P,) float32: what the expert's output is multiplied with
+    tokens: Tensor  # (P,) int64
+    lengths: Tensor | int  # picks of each token: (T,) int64, or one number for all
+
+
+class Order(NamedTuple):
+    """P picks laid out in R rows, in order of expert."""
+
+    forth: Tensor  # (R,) int64: which pick stands at this row
+    back: Tensor  # (P,) int64: at which row this pick stands
     counts: Tensor  # (E,) int64: rows of each expert
+    real: Tensor | None = None  # (R,) bool: rows that hold a pick; None: all do
+    kept: Tensor | None = None  # (P,) bool: picks that have a row; None: all have
 
 
 def order_by_expert(experts: Tensor, num_experts: int) -> Order:
-    """Sort token picks by expert, equal experts staying in token order. experts: (T, k) int64."""
+    """Sort token picks by expert, equal experts staying in token order. experts: any shape."""
     picks = experts.reshape(-1)
     forth = torch.argsort(picks, stable=True)
     rows = torch.arange(picks.numel(), device=picks.device)
@@ -44,51 +59,98 @@ def count_picks(picks: Tensor, num_experts: int) -> Tensor:
     return (picks.unsqueeze(-1) == names).sum(-2)
 
 
-def dispatch(x: Tensor, order: Order, k: int) -> Tensor:
-    """Copy each token to the rows of its k picks: (T, D) -> (T*k, D), rows in order of expert."""
-    return _Dispatch.apply(x, order.forth, order.back, k)
+def spread(x: Tensor, picks: Picks, order: Order) -> Tensor:
+    """Copy each token to the rows of its picks: (T, D) -> (R, D). Rows not real hold any token."""
+    return _Spread.apply(x, picks.tokens[order.forth], order.back, order.kept, picks.lengths)
 
 
-def combine(rows: Tensor, weights: Tensor, order: Order) -> Tensor:
-    """Weighted sum of each token's k rows. rows: (T*k, D) in order of expert; weights: (T, k) ->
-    (T, D).
+def combine(rows: Tensor, picks: Picks, order: Order) -> Tensor:
+    """Weighted sum of the rows of each token: (R, D) -> (T, D). A pick without a row adds zero."""
+    weights = picks.weights
+    if order.kept is not None:
+        weights = torch.where(order.kept, weights, 0.0)
+    picked = take(rows, order.back, order.forth, order.real)
+    picked = picked * weights.unsqueeze(-1).to(rows.dtype)  # (P, D)
+    if isinstance(picks.lengths, int):
+        return _sum(picked, picks.lengths)
+    return _Sum.apply(picked, picks.tokens, picks.lengths)
+
+
+def take(rows: Tensor, index: Tensor, inverse: Tensor, taken: Tensor | None = None) -> Tensor:
+    """rows[index], whose gradient is a gather too: grad[inverse], zero where not `taken`.
+
+    rows: (R, ...); index: (Q,); inverse: (R,), where each row went; taken: (R,) bool, None for all.
     """
-    picked = _Reorder.apply(rows, order.back, order.forth)
-    picked = picked.view(*weights.shape, rows.shape[-1])  # (T, k, D)
-    return (picked * weights.unsqueeze(-1).to(rows.dtype)).sum(1)
+    return _Take.apply(rows, index, inverse, taken)
 
 
-class _Dispatch(torch.autograd.Function):
+def _sum(picked: Tensor, lengths: Tensor | int) -> Tensor:
+    """Sum over the picks of each token, in their order: (P, D) -> (T, D)."""
+    if isinstance(lengths, int):
+        return picked.view(-1, lengths, picked.shape[-1]).sum(1)
+    # why: unsafe only skips a check that would wait for the device.
+    return torch.segment_reduce(picked, "sum", lengths=lengths, axis=0, initial=0, unsafe=True)
+
+
+def _masked(rows: Tensor, real: Tensor | None) -> Tensor:
+    """rows, (R, ...), set to zero in place where they are not real."""
+    return rows if real is None else rows.masked_fill_(~real.view(-1, *[1] * (rows.ndim - 1)), 0)
+
+
+class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, forth: Tensor, back: Tensor, k: int) -> Tensor:
-        ctx.save_for_backward(back)
-        ctx.k = k
-        return x[forth // k]
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        source: Tensor,
+        back: Tensor,
+        kept: Tensor | None,
+        lengths: Tensor | int,
+    ) -> Tensor:
+        ctx.fixed = lengths if isinstance(lengths, int) else None
+        ctx.save_for_backward(back, kept, None if isinstance(lengths, int) else lengths)
+        return x[source]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (grad,), (back,) = grads, ctx.saved_tensors
-        # why: gather k rows and sum; index_add would add in any order on a GPU.
-        return grad[back].view(-1, ctx.k, grad.shape[-1]).sum(1), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        back, kept, lengths = ctx.saved_tensors
+        # why: gather the rows and sum; index_add would add in any order on a GPU.
+        rows = _masked(grads[0][back], kept)
+        return _sum(rows, ctx.fixed or lengths), None, None, None, None
 
 
-class _Reorder(torch.autograd.Function):
+class _Take(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
+    def forward(
+        ctx: Any, rows: Tensor, index: Tensor, inverse: Tensor, taken: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(inverse, taken)
         return rows[index]
 
     @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        inverse, taken = ctx.saved_tensors
+        return _masked(grads[0][inverse], taken), None, None, None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, picked: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        return _sum(picked, lengths)
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (grad,), (inverse,) = grads, ctx.saved_tensors
-        return grad[inverse], None, None
+        (tokens,) = ctx.saved_tensors
+        return grads[0][tokens], None, None
 
 
 def grouped_mm(x: Tensor, w: Tensor, counts: Tensor) -> Tensor:
     """Multiply each run of rows with its own expert's matrix: y[rows of e] = x[rows of e] @ w[e].T.
 
     x: (T, K), rows in order of expert; w: (E, N, K), the layout of `nn.Linear`; counts: (E,) rows
-    of each expert, zero allowed, summing to T. Returns (T, N).
+    of each expert, zero allowed, summing to T. Or (E + 1,): the last rows are nobody's; they are
+    not read and give zeros. Returns (T, N).
     """
     return torch.ops.dit_pretrain.grouped_mm(x, w, counts)
 
@@ -98,8 +160,14 @@ def _grouped_mm(x: Tensor, w: Tensor, counts: Tensor) -> Tensor:
     n = w.shape[1]
     if x.shape[0] == 0:
         return x.new_zeros(0, n)
+    num_experts, rows = w.shape[0], x.shape[0]
     x, w = _pad(x, 1), _pad(_pad(w, 2), 1)
-    return _unpad(F.grouped_mm(x, w.transpose(1, 2), offs=_ends(counts)), n)
+    out = F.grouped_mm(x, w.transpose(1, 2), offs=_ends(counts[:num_experts]))
+    if counts.shape[0] > num_experts:
+        # why: the kernel leaves rows past the last end as the memory was, perhaps not finite.
+        real = torch.arange(rows, device=x.device) < rows - counts[num_experts]
+        out = _masked(out, real)
+    return _unpad(out, n)
 
 
 @torch.library.custom_op("dit_pretrain::grouped_mm_weight_grad", mutates_args=())
@@ -134,7 +202,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Non
     if ctx.needs_input_grad[0]:
         grad_x = torch.ops.dit_pretrain.grouped_mm(grad, w.transpose(1, 2), counts)
     if ctx.needs_input_grad[1]:
-        grad_w = torch.ops.dit_pretrain.grouped_mm_weight_grad(grad, x, counts)
+        grad_w = torch.ops.dit_pretrain.grouped_mm_weight_grad(grad, x, counts[: w.shape[0]])
     return grad_x, grad_w, None
 
 

@@ -1,25 +1,39 @@
 """Joining and leaving the world: under torchrun, under srun with one task a rank, or alone.
 
-`spawn` starts local ranks by itself; they meet in a file, so no port can be taken.
+`spawn` starts local ranks by itself; they meet in a file, so no port can be taken. From `join` to
+`leave` a watch (parallel.watch) ends this rank when another fails.
 """
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import ErrorType
+from torch.distributed import distributed_c10d as c10d
+
+from parallel.watch import FolderBoard, StoreBoard, Watch, say
 
 STORE = "PRETRAIN_STORE"  # file in which ranks started by `spawn` meet
-GRACE = 10.0  # seconds that ranks get to end after one of them has failed
+GRACE = 15.0  # seconds that ranks get to end after one of them has failed
+# The last collectives of every NCCL group are written to a file when one of them times out.
+FLIGHT_RECORDER = {
+    "TORCH_FR_BUFFER_SIZE": "2000",
+    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",  # its older name, which the dump still looks at
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+}
+_watch: Watch | None = None
 
 
 @dataclass(frozen=True)
@@ -62,27 +76,95 @@ def default_threads(place: Place) -> int:
 
 def join(place: Place, *, threads: int, timeout: timedelta) -> torch.device:
     """Makes the process group; returns the device of this rank."""
+    global _watch
     torch.set_num_threads(threads)
     if torch.cuda.is_available():
         device = torch.device("cuda", place.local_rank)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-        os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")  # flight recorder
+        for name, value in FLIGHT_RECORDER.items():
+            os.environ.setdefault(name, value)
     else:
         device = torch.device("cpu")
         backend = "gloo"
+    store: dist.Store | None = None
     if place.world == 1:
-        dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-        )
+        store = dist.HashStore()
     elif STORE in os.environ:
         store = dist.FileStore(os.environ[STORE], place.world)
-        dist.init_process_group(
-            backend, store=store, rank=place.rank, world_size=place.world, timeout=timeout
-        )
-    else:
-        dist.init_process_group(backend, rank=place.rank, world_size=place.world, timeout=timeout)
+    elif "RANK" not in os.environ:
+        for name, value in _meeting(os.environ).items():
+            os.environ.setdefault(name, value)
+    dist.init_process_group(
+        backend, store=store, rank=place.rank, world_size=place.world, timeout=timeout
+    )
+    limit(timeout)
+    if place.world > 1:
+        if STORE in os.environ:
+            board = FolderBoard(Path(f"{os.environ[STORE]}.watch"))
+        else:
+            board = StoreBoard(c10d._get_default_store())
+        _watch = Watch(board, place.rank, place.world, _broken)
     return device
+
+
+def _meeting(env: Mapping[str, str]) -> dict[str, str]:
+    """Where the tasks of a Slurm step meet: its first node, and a port that its job number gives.
+
+    Node lists look like `gpu[003-010,12],cpu7`.
+    """
+    nodes = env.get("SLURM_STEP_NODELIST", "localhost")
+    first = re.sub(r"\[([^],-]+)[^]]*\]", r"\1", re.split(r",(?![^[]*\])", nodes)[0])
+    job, step = int(env.get("SLURM_JOB_ID", 0)), int(env.get("SLURM_STEP_ID", 0))
+    return {"MASTER_ADDR": first, "MASTER_PORT": str(20_000 + (job + 97 * step) % 10_000)}
+
+
+def limit(timeout: timedelta) -> None:
+    """Every group, those made so far and those to come, waits no longer than this.
+
+    Why: a sub-group takes the 30 minutes of its backend, whatever the world was given, and some
+    libraries pass a number of their own. Call it again once everything is assembled.
+    """
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
+    for group in list(c10d._world.pg_map):
+        c10d._set_pg_timeout(timeout, group)
+
+
+def _broken() -> str:
+    """What NCCL reports about any group, "" while all is well.
+
+    Why: NCCL's own thread finds a collective that does not end, while the main thread waits for the
+    device without end; the process is aborted a little later.
+    """
+    if not torch.cuda.is_available() or not joined():
+        return ""
+    device, fine = torch.device("cuda"), ErrorType.SUCCESS
+    for group in list(c10d._world.pg_map):
+        state = group._get_backend(device).get_error() if device in group._device_types else fine
+        if state != fine:
+            return f"NCCL reports {state.name} in group {group.group_name}"
+    return ""
+
+
+@contextmanager
+def guarded(expected: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Around a rank's work: an error here ends all ranks with 1, its own traceback first.
+
+    expected: errors of the user's input, which end all ranks with 2; one rank lets it through.
+    """
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except expected as error:
+        if _watch is None or _watch.wrong_input(str(error)):
+            raise
+        raise SystemExit(2) from None
+    except BaseException as error:  # why: the error of a failed checkpoint is no Exception
+        if _watch is None:
+            raise
+        _watch.fail(error)
+        raise SystemExit(1) from None
 
 
 def joined() -> bool:
@@ -95,7 +177,13 @@ def leave() -> None:
 
     Why the barrier: a rank that tears down while another still talks to it aborts that one.
     """
+    global _watch
+    if _watch is not None:
+        _watch.leave()
     dist.barrier()  # dist: every rank
+    if _watch is not None:
+        _watch.stop()
+        _watch = None
     dist.destroy_process_group()
 
 
@@ -147,10 +235,15 @@ def _start(command: Sequence[str], nproc: int, rank: int, store: Path) -> "subpr
 
 
 def _wait(ranks: "list[subprocess.Popen[bytes]]") -> int:
-    failed_at = None
+    failed_at, said = None, set[int]()
     while any(process.poll() is None for process in ranks):
-        if failed_at is None and any(process.poll() not in (None, 0) for process in ranks):
-            failed_at = time.monotonic()
+        for rank, process in enumerate(ranks):
+            code = process.poll()
+            if code and failed_at is None:
+                failed_at = time.monotonic()
+            if code is not None and code < 0 and rank not in said:
+                said.add(rank)
+                say(f"rank {rank} was ended by {signal.Signals(-code).name}\n")
         if failed_at is not None and time.monotonic() - failed_at > GRACE:
             for process in ranks:
                 process.kill()

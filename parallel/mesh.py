@@ -9,7 +9,7 @@ dp_shard·sp·tp = edp·ep·etp. Experts borrow ranks, they add none.
 from dataclasses import dataclass
 
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from parallel.errors import LayoutError
@@ -25,6 +25,7 @@ class MeshConfig(BaseModel):
     ep: PositiveInt = 1  # expert axis, folded over dp_shard × sp × tp
     etp: PositiveInt = 1  # tensor axis inside an expert
     reshard_after_forward: bool = True  # free gathered weights between forward and backward
+    unit_mb: NonNegativeInt = 64  # neighbouring blocks below this together are gathered as one
     offload: bool = False  # masters, moments and averages live in CPU memory
 
 
@@ -120,13 +121,12 @@ class Mesh:
         self.ordered = ordered
         dense = {"dp_replicate": sizes.dp_replicate, "dp_shard": sizes.dp_shard, "tp": sizes.tp}
         self._dense = _view(dense, "dp_shard", device_type)
-        if sizes.ep == 1 and sizes.tp == 1:
-            self._expert, edp = self._dense, "dp_shard"
-        else:
-            expert = {"dp_replicate": sizes.dp_replicate, "edp": sizes.edp, "ep": sizes.ep}
-            self._expert, edp = _view(expert, "edp", device_type), "edp"
         self.shard: DeviceMesh = self._dense["dp_shard"]
-        self.experts: DeviceMesh = self._expert[edp]
+        self._expert, self.experts = self._dense, self.shard
+        if sizes.ep > 1 or sizes.tp > 1:
+            expert = {"dp_replicate": sizes.dp_replicate, "edp": sizes.edp, "ep": sizes.ep}
+            self._expert = _view(expert, "edp", device_type)
+            self.experts = self._expert["edp"]
         self.tp = self._axis(self._dense, "tp")
         self.ep = self._axis(self._expert, "ep")
         self.replicate = self._axis(self._dense, "dp_replicate")

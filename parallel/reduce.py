@@ -1,4 +1,4 @@
-"""Sums over ranks in a fixed order, so that they do not depend on topology."""
+"""Sums over ranks, where it matters in a fixed order, so that they do not depend on topology."""
 
 from collections.abc import Iterable
 
@@ -6,27 +6,40 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.shards import local
+from parallel.mesh import Axis
+from parallel.shards import Piece
 
 
-def ordered_sum(values: Tensor) -> Tensor:
-    """Sum over all ranks, added in rank order. values: (n,), any float dtype.
+def ordered_sum(values: Tensor, axis: Axis | None = None) -> Tensor:
+    """Sum over an axis (None: over all ranks), added in rank order. values: (n,), any float dtype.
 
     Why: an all-reduce adds in the order of its ring, which changes with the nodes a job gets.
     """
-    world = dist.get_world_size()
-    parts = values.new_empty(world * len(values))
-    dist.all_gather(list(parts.view(world, -1)), values.contiguous())  # dist: every rank
-    return parts.view(world, -1).sum(dim=0)
+    group = None if axis is None else axis.group
+    size = dist.get_world_size() if axis is None else axis.size
+    if size == 1:
+        return values.clone()
+    parts = values.new_empty(size, values.numel())
+    dist.all_gather(list(parts), values.contiguous(), group=group)  # dist: the axis, or every rank
+    return parts.sum(dim=0)
 
 
-def sum_of_squares(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Sum of squares of this rank's shards, (), float64; an element counts on one rank only."""
-    parts = [part for part in map(local, tensors) if part.numel()]
+def sum_over(x: Tensor, axis: Axis) -> Tensor:
+    """Sum over an axis, any shape, a new tensor, equal bit for bit on its ranks."""
+    if axis.ordered:
+        return ordered_sum(x.flatten(), axis).view_as(x)
+    out = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(out, group=axis.group)  # dist: the axis
+    return out
+
+
+def sum_of_squares(gradients: Iterable[tuple[Piece, Tensor]], device: torch.device) -> Tensor:
+    """Sum of squares of this rank's gradients, (), float64; an element counts on one rank only."""
+    parts = [gradient for piece, gradient in gradients if piece.counted and gradient.numel()]
     norms = torch._foreach_norm(parts, 2) if parts else []
     if not norms:
         return torch.zeros((), dtype=torch.float64, device=device)
-    return torch.stack(norms).double().square().sum()
+    return torch.stack(norms).double().square().sum().to(device)
 
 
 def any_rank(flag: bool) -> bool:

@@ -27,23 +27,24 @@ def auxiliary_loss(
     and the z-loss know neither.
     """
     total = routings[0].probs.new_zeros(())
-    picks_per_image = routings[0].counts[0].sum()
-    tokens = picks_per_image / cfg.top_k  # of an image
+    # why: shares of a token sum to 1; layers may see images of different sizes.
+    tokens = torch.stack([r.probs[0].detach().sum().round() for r in routings])  # (L,), an image
+    scale = 1 / (tokens * global_batch)
     if cfg.aux_batch:
-        counts = torch.stack([r.counts.sum(dim=0) for r in routings])  # (L, E)
-        counts = everywhere(counts.flatten()).view_as(
-            counts
-        )  # dist: every rank, once a micro-batch
+        local = torch.stack([r.counts.sum(dim=0) for r in routings])  # (L, E)
+        # dist: every data rank, once a micro-batch
+        counts = everywhere(local.flatten()).view_as(local)
         share = cfg.experts * counts / counts.sum(dim=1, keepdim=True)  # f_e
         probs = torch.stack([r.probs.sum(dim=0) for r in routings])  # (L, E)
-        total = total + cfg.aux_batch * (share * probs).sum() / (tokens * global_batch)
+        total = total + cfg.aux_batch * ((share * probs).sum(1) * scale).sum()
     if cfg.aux_image:
-        for routing in routings:
-            share = cfg.experts * routing.counts / picks_per_image
-            total = total + cfg.aux_image * (share * routing.probs).sum() / (tokens * global_batch)
+        for routing, one in zip(routings, scale, strict=True):
+            picks = routing.counts.sum(dim=1, keepdim=True)  # of an image
+            share = cfg.experts * routing.counts / picks
+            total = total + cfg.aux_image * (share * routing.probs).sum() * one
     if cfg.z_loss:
-        z = torch.stack([r.z.sum() for r in routings]).sum()
-        total = total + cfg.z_loss * z / (tokens * global_batch)
+        z = torch.stack([r.z.sum() for r in routings])
+        total = total + cfg.z_loss * (z * scale).sum()
     return total
 
 

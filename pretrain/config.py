@@ -61,6 +61,7 @@ class Config(BaseModel):
     run_dir: str  # default: runs/NAME of the YAML file
     seed: NonNegativeInt = 0
     accum: PositiveInt = 1  # micro-batches a step
+    deterministic: bool = False  # sums over ranks in rank order, whatever the topology
     clip: PositiveFloat | None = 1.0  # largest gradient norm; null: no clipping
     max_skips: PositiveInt = 20  # skipped steps in a row that end the run
     threads: PositiveInt | None = None  # CPU threads a rank; null: its share of the cores

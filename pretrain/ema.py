@@ -1,14 +1,14 @@
-"""Exponential moving average of the weights: fp32, sharded as the weights are."""
+"""Exponential moving average of the weights: fp32, in the same pieces as the masters."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from parallel.fsdp import regather
-from parallel.shards import like, local
+from parallel.backend import Backend
+from parallel.shards import Piece
 
 
 class EMAConfig(BaseModel):
@@ -19,17 +19,17 @@ class EMAConfig(BaseModel):
 
 
 class EMA:
-    """Averages of a model's parameters, one tensor a parameter, same placement."""
+    """Averages of a model's parameters, a piece each."""
 
-    def __init__(self, cfg: EMAConfig, model: nn.Module) -> None:
+    def __init__(self, cfg: EMAConfig, backend: Backend) -> None:
         self._cfg = cfg
-        self._model = model
-        self._average = {name: local(p).clone() for name, p in model.named_parameters()}
+        self._backend = backend
+        self._average = {name: piece.values.clone() for name, piece in backend.pieces.items()}
 
-    def state(self) -> dict[str, Tensor]:
-        """The averages by parameter name, sharded as the weights; live."""
-        weights = dict(self._model.named_parameters())
-        return {name: like(part, weights[name]) for name, part in self._average.items()}
+    def state(self) -> dict[str, Piece]:
+        """The averages by parameter name; live."""
+        pieces = self._backend.pieces
+        return {name: Piece(part, pieces[name].extent) for name, part in self._average.items()}
 
     @torch.no_grad()
     def update(self, step: int, skip: Tensor) -> None:
@@ -37,12 +37,13 @@ class EMA:
         decay = self._cfg.decay
         if self._cfg.warmup:
             decay = min(decay, (1 + step) / (10 + step))
-        old = [part for part in self._average.values() if part.numel()]
-        new = [part for part in map(local, self._model.parameters()) if part.numel()]
+        held = [name for name, part in self._average.items() if part.numel()]
+        old = [self._average[name] for name in held]
+        new = [self._backend.pieces[name].values for name in held]
         moved = torch._foreach_lerp(old, new, 1.0 - decay)
         for average, value in zip(old, moved, strict=True):
             # why: not a lerp by 0, which would turn a −0.0 into +0.0.
-            torch.where(skip, average, value, out=average)
+            torch.where(skip.to(average.device), average, value, out=average)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
@@ -55,11 +56,9 @@ class EMA:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        regather(self._model)  # why: after a forward alone the model shows its gathered weights
-        for average, parameter in zip(
-            self._average.values(), self._model.parameters(), strict=True
-        ):
-            weight = local(parameter)
+        for name, average in self._average.items():
+            weight = self._backend.pieces[name].values
             held = weight.clone()
             weight.copy_(average)
             average.copy_(held)
+        self._backend.publish()

@@ -1,17 +1,18 @@
 """One training step: accumulate, reduce, guard, update. Saves nothing and logs nothing.
 
-The step costs one collective of its own beside FSDP's: loss, gradient norm, the stop flag and
-expert counts travel together. What it decides is read one step later from an asynchronous copy.
+The step costs one collective of its own beside the backend's: loss, gradient norm, the stop flag
+and expert counts travel together. What it decides is read one step later from an asynchronous copy.
 """
 
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from data_pipeline.batch import Batch
-from parallel import fsdp
+from parallel.mesh import Mesh
 from parallel.reduce import ordered_sum, sum_of_squares
 from pretrain import balance
 from pretrain.models.moe import MoEConfig, Routing, moe_layers
@@ -45,6 +46,7 @@ class Metrics:
     grad_norm: Tensor  # (), before clipping
     skipped: Tensor  # (), 1.0 if the update was left out
     load: Tensor  # (L, T, E) expert picks per layer and timestep bin; L = 0 without experts
+    dropped: Tensor  # (), picks left out because a buffer of the static dispatcher was full
     lr: float
 
 
@@ -56,39 +58,57 @@ class Engine:
     """Steps a TrainState. All ranks call `step` with their slots of the same global batch."""
 
     def __init__(
-        self, state: TrainState, objective: Objective, schedule: ScheduleConfig, cfg: StepConfig
+        self,
+        state: TrainState,
+        objective: Objective,
+        schedule: ScheduleConfig,
+        cfg: StepConfig,
+        mesh: Mesh,
     ) -> None:
         self._state = state
+        self._mesh = mesh
         self._objective = objective
         self._schedule = schedule
         self._cfg = cfg
         self._layers = moe_layers(state.model)
-        self._device = next(state.model.parameters()).device
+        self._device = state.backend.device
         self._pending: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
         self.stop = False  # all ranks have agreed to stop
 
     def step(self, batch: Batch, *, stop: bool = False) -> Metrics:
         """One update from this rank's slots. stop: this rank was asked to stop."""
-        state, cfg = self._state, self._cfg
-        loss, load = self._accumulate(batch)
-        gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
-        squares = sum_of_squares(gradients, self._device)
+        loss, load, dropped = self._accumulate(batch)
         flag = torch.tensor(float(stop), dtype=torch.float64, device=self._device)
-        local = torch.cat([torch.stack([loss, squares, flag]), load.flatten()])
+        # why: ranks of one tp group saw the same samples, which count once.
+        seen = torch.cat([torch.stack([loss, dropped]), load.flatten()])
+        seen = seen * float(self._mesh.tp.rank == 0)
+        done: list[Metrics] = []
+        self._state.backend.step(lambda: done.append(self._update(flag, seen, load.shape)))
+        return done[0]
+
+    def _update(self, flag: Tensor, seen: Tensor, shape: torch.Size) -> Metrics:
+        """Agrees with all ranks on loss and norm, and moves the pieces, or leaves them as they are.
+
+        seen: this rank's loss, dropped picks and load, flat; shape: of the load.
+        """
+        state, cfg = self._state, self._cfg
+        gradients, pieces = state.backend.gradients(), state.backend.pieces
+        squares = sum_of_squares(((pieces[n], g) for n, g in gradients.items()), self._device)
+        local = torch.cat([torch.stack([squares, flag]), seen])
         total = ordered_sum(local)  # dist: every rank, once a step
-        loss, norm = total[0], total[1].sqrt()
-        load = total[3:].view_as(load)
+        norm, stop, loss, dropped = total[0].sqrt(), total[1], total[2], total[3]
+        load = total[4:].view(shape)
         skip = ~(torch.isfinite(loss) & torch.isfinite(norm))
         divisor = torch.ones_like(norm) if cfg.clip is None else (norm / cfg.clip).clamp(min=1.0)
         divisor = torch.where(skip, torch.ones_like(divisor), divisor)
-        lr = state.optimizer.step(self._schedule(state.step, cfg.steps), divisor, skip)
-        state.optimizer.zero_grad()
+        factor = self._schedule(state.step, cfg.steps)
+        lr = state.optimizer.step(gradients, factor, divisor, skip)
         state.ema.update(state.step, skip)
         if cfg.moe is not None and cfg.moe.balance == "bias":
             biases = [layer.router.bias for layer in self._layers]
             balance.update_biases(biases, load.sum(dim=1), cfg.moe.bias_rate, skip)
-        self._report(torch.stack([total[2], skip.double()]))
-        return Metrics(loss, norm, skip.double(), load, lr)
+        self._report(torch.stack([stop, skip.double()]))
+        return Metrics(loss, norm, skip.double(), load, dropped, lr)
 
     def settle(self, *, everything: bool = False) -> bool:
         """Takes note of what past steps decided; whether any of them agreed to stop.
@@ -126,24 +146,28 @@ class Engine:
         else:
             self._pending.append((values, None))
 
-    def _accumulate(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Gradients of the whole step; returns this rank's loss sum, (), and load, (L, T, E)."""
+    def _accumulate(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of a step; this rank's loss sum (), load (L, T, E) and dropped picks ()."""
         cfg = self._cfg
         num_experts = cfg.moe.experts if cfg.moe is not None else 0
         loss = torch.zeros((), dtype=torch.float64, device=self._device)
+        dropped = torch.zeros_like(loss)
         load = loss.new_zeros(len(self._layers), cfg.time_bins, num_experts)
         for index, micro in enumerate(batch.split(cfg.accum)):
-            fsdp.accumulate(self._state.model, last=index == cfg.accum - 1)
             micro_loss, routings, bins = self._forward(micro.to(self._device))
             objective = micro_loss.sum() / cfg.global_batch
             loss += objective.detach().double()
             if routings and cfg.moe is not None:
                 load += balance.by_time(routings, bins, cfg.time_bins)
+                dropped += torch.stack([routing.dropped for routing in routings]).sum()
                 objective = objective + balance.auxiliary_loss(
-                    cfg.moe, routings, global_batch=cfg.global_batch, everywhere=ordered_sum
+                    cfg.moe,
+                    routings,
+                    global_batch=cfg.global_batch,
+                    everywhere=partial(ordered_sum, axis=self._mesh.data),
                 )
-            objective.backward()
-        return loss, load
+            self._state.backend.backward(objective, last=index == cfg.accum - 1)
+        return loss, load, dropped
 
     def _forward(self, batch: Batch) -> tuple[Tensor, list[Routing], Tensor]:
         """Loss of each sample, (B,); routing of each MoE layer; timestep bin of a sample, (B,)."""

@@ -1,17 +1,17 @@
-"""AdamW on sharded fp32 masters: an update that can be left out on the device, bit for bit.
+"""AdamW on pieces of fp32 masters: an update that can be left out on the device, bit for bit.
 
 The schedule is a function of the step and lives elsewhere; this room only applies its value. State
 exists before the first step, so that a checkpoint loads in place.
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.adamw import adamw
 
-from parallel.shards import like, local
+from parallel.shards import Piece
 
 
 class OptimConfig(BaseModel):
@@ -24,47 +24,53 @@ class OptimConfig(BaseModel):
 
 
 class AdamW:
-    """Fused AdamW over this rank's shards. Source: Loshchilov and Hutter 2019, Alg. 2."""
+    """Fused AdamW over this rank's pieces. Source: Loshchilov and Hutter 2019, Alg. 2."""
 
-    def __init__(self, cfg: OptimConfig, named: Iterable[tuple[str, nn.Parameter]]) -> None:
+    def __init__(self, cfg: OptimConfig, pieces: Mapping[str, Piece]) -> None:
         self._cfg = cfg
-        self._named = dict(named)
-        shards = {name: local(p) for name, p in self._named.items()}
-        self._first = {name: torch.zeros_like(shard) for name, shard in shards.items()}
-        self._second = {name: torch.zeros_like(shard) for name, shard in shards.items()}
+        self._pieces = pieces
+        values = {name: piece.values for name, piece in pieces.items()}
+        self._first = {name: torch.zeros_like(value) for name, value in values.items()}
+        self._second = {name: torch.zeros_like(value) for name, value in values.items()}
         # why: one count a parameter is what the fused kernel wants; they are always equal.
         self._updates = {
-            name: torch.zeros((), dtype=torch.float32, device=shard.device)
-            for name, shard in shards.items()
+            name: torch.zeros((), dtype=torch.float32, device=value.device)
+            for name, value in values.items()
         }
-        held = [name for name, shard in shards.items() if shard.numel()]
+        held = [name for name, value in values.items() if value.numel()]
+        matrices = {name for name in held if len(pieces[name].extent.box.shape) >= 2}
         self._groups = [
-            ([n for n in held if self._named[n].ndim >= 2], cfg.weight_decay),
-            ([n for n in held if self._named[n].ndim < 2], 0.0),
+            ([n for n in held if n in matrices], cfg.weight_decay),
+            ([n for n in held if n not in matrices], 0.0),
         ]
 
     @torch.no_grad()
-    def step(self, factor: float, divisor: Tensor, skip: Tensor) -> float:
-        """Updates the parameters; returns the learning rate used.
+    def step(
+        self, gradients: Mapping[str, Tensor], factor: float, divisor: Tensor, skip: Tensor
+    ) -> float:
+        """Updates the pieces; returns the learning rate used.
 
-        factor: of the peak learning rate. divisor: (), gradients are divided by it (clipping).
-        skip: (), true leaves parameters, moments and the step count bit-identical.
+        gradients: flat, by name, as the pieces. factor: of the peak learning rate. divisor: (),
+        gradients are divided by it (clipping). skip: (), true leaves parameters, moments and the
+        step count bit-identical.
         """
         lr = self._cfg.lr * factor
         for names, decay in self._groups:
             if not names:
                 continue
+            device = self._pieces[names[0]].values.device
             # perf: scaling and skipping inside the fused kernel: no extra pass over the gradients.
+            # sync: only where masters are offloaded: divisor and skip come to the host.
             adamw(
-                [local(self._named[name]) for name in names],
-                [self._gradient(name) for name in names],
+                [self._pieces[name].values for name in names],
+                [gradients[name] for name in names],
                 [self._first[name] for name in names],
                 [self._second[name] for name in names],
                 [],
                 [self._updates[name] for name in names],
                 fused=True,
-                grad_scale=divisor.float(),
-                found_inf=skip.float(),
+                grad_scale=divisor.float().to(device),
+                found_inf=skip.float().to(device),
                 amsgrad=False,
                 beta1=self._cfg.betas[0],
                 beta2=self._cfg.betas[1],
@@ -75,22 +81,13 @@ class AdamW:
             )
         return lr
 
-    def _gradient(self, name: str) -> Tensor:
-        gradient = self._named[name].grad
-        assert gradient is not None, f"{name} got no gradient: it is not part of the loss"
-        return local(gradient)
-
-    def zero_grad(self) -> None:
-        for parameter in self._named.values():
-            parameter.grad = None
-
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Tensor | Piece]:
         """Live tensors by `moment.parameter`, and the one step count all parameters share."""
-        tensors = {"updates": next(iter(self._updates.values()))}
-        for name, parameter in self._named.items():
-            tensors[f"exp_avg.{name}"] = like(self._first[name], parameter)
-            tensors[f"exp_avg_sq.{name}"] = like(self._second[name], parameter)
-        return tensors
+        state: dict[str, Tensor | Piece] = {"updates": next(iter(self._updates.values()))}
+        for name, piece in self._pieces.items():
+            state[f"exp_avg.{name}"] = Piece(self._first[name], piece.extent)
+            state[f"exp_avg_sq.{name}"] = Piece(self._second[name], piece.extent)
+        return state
 
     def loaded(self) -> None:
         """Spreads the step count over all parameters after `state()` was filled in place."""

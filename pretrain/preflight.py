@@ -3,11 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data_pipeline.loader import check
 from data_pipeline.shards import Manifest
-from parallel.mesh import check_supported, degrees
+from parallel import tensor
+from parallel.errors import LayoutError
+from parallel.mesh import Degrees, degrees
 from pretrain import checkpoint, config, run, sampling
 from pretrain.config import Config
+from pretrain.models.build import build
 
 
 def preflight(cfg: Config, world: int) -> Manifest:
@@ -15,10 +20,9 @@ def preflight(cfg: Config, world: int) -> Manifest:
 
     Raises ConfigError, LayoutError, DataError, SamplingError, RunError or CheckpointError.
     """
-    # why: first, or one would be told to start more ranks, and only then that it is no use
-    check_supported(cfg.mesh)
     sizes = degrees(cfg.mesh, world)
     config.check_batch(cfg, sizes)
+    check_axes(cfg, sizes)
     manifest = check(
         cfg.data,
         num_classes=cfg.model.num_classes,
@@ -30,6 +34,39 @@ def preflight(cfg: Config, world: int) -> Manifest:
     run.check_place(Path(cfg.run_dir))
     checkpoint.check_fit(Path(cfg.run_dir), identity(cfg, manifest))
     return manifest
+
+
+def check_axes(cfg: Config, sizes: Degrees) -> None:
+    """Raises LayoutError if the tensor or the expert axis does not cut the model evenly."""
+    for what, heads in cfg.model.heads().items():
+        if heads % sizes.tp:
+            raise LayoutError(
+                f"mesh.tp={sizes.tp} must divide the {heads} attention heads of {what}; "
+                f"set mesh.tp={_largest(heads, sizes.tp)}"
+            )
+    moe = getattr(cfg.model, "moe", None)
+    if sizes.ep > 1 and moe is None:
+        raise LayoutError(
+            f"mesh.ep={sizes.ep}, but the model has no experts; set mesh.ep=1, or give model.moe"
+        )
+    if moe is not None and moe.experts % sizes.ep:
+        raise LayoutError(
+            f"mesh.ep={sizes.ep} must divide model.moe.experts={moe.experts}; "
+            f"set mesh.ep={_largest(moe.experts, sizes.ep)}"
+        )
+    micro = cfg.data.global_batch // (sizes.data * cfg.accum)
+    for tokens in cfg.model.moe_tokens() if moe is not None else ():
+        if micro * tokens % sizes.tp:
+            raise LayoutError(
+                f"mesh.tp={sizes.tp} must divide the {micro}·{tokens} = {micro * tokens} tokens "
+                "that an MoE layer sees of a micro-batch; change data.global_batch or accum"
+            )
+    with torch.device("meta"):
+        tensor.check(build(cfg.model), sizes.tp)
+
+
+def _largest(whole: int, limit: int) -> int:
+    return max(d for d in range(1, limit + 1) if whole % d == 0)
 
 
 def identity(cfg: Config, manifest: Manifest) -> dict[str, dict[str, Any]]:

@@ -11,6 +11,8 @@ from torch import Tensor
 from data_pipeline.codecs import open_codec
 from data_pipeline.decode import decode
 from data_pipeline.shards import Manifest
+from parallel.mesh import Axis, Mesh
+from parallel.tensor import gather
 from pretrain import pictures, sampling
 from pretrain.objectives import Objective
 from pretrain.sampling import SampleConfig
@@ -29,10 +31,17 @@ class Preview:
     """Draws the same labels from the same noise each time, so that grids can be compared."""
 
     def __init__(
-        self, cfg: PreviewConfig, objective: Objective, manifest: Manifest, *, null: int
+        self,
+        cfg: PreviewConfig,
+        objective: Objective,
+        manifest: Manifest,
+        mesh: Mesh,
+        *,
+        null: int,
     ) -> None:
         """null: the label "no class". Opens the codec only if pictures are wanted."""
         self._cfg, self._objective, self._manifest, self._null = cfg, objective, manifest, null
+        self._mesh = mesh
         self._codec = open_codec(manifest.codec, manifest.codec_source) if cfg.every else None
         shown = torch.arange(min(cfg.classes, manifest.num_classes))
         self._labels = shown.repeat_interleave(cfg.per_class)
@@ -42,7 +51,13 @@ class Preview:
         assert self._codec is not None, "sample.every is 0"
         shape = self._manifest.latent_shape
         latents = draw_together(
-            state, self._objective, self._cfg, self._labels, null=self._null, shape=shape
+            state,
+            self._objective,
+            self._cfg,
+            self._labels,
+            self._mesh.data,
+            null=self._null,
+            shape=shape,
         )
         if dist.get_rank() == 0:
             images = decode(latents, self._manifest, self._codec)
@@ -54,18 +69,18 @@ def draw_together(
     objective: Objective,
     cfg: SampleConfig,
     labels: Tensor,
+    data: Axis,
     *,
     null: int,
     shape: Sequence[int],
 ) -> Tensor:
     """Latents for `labels` from the averaged weights, (N, C, H, W), on every rank's CPU.
 
-    Each rank draws an equal share, so that all call the sharded model equally often.
+    Each data rank draws an equal share, so that all call the sharded model equally often.
     """
     model = state.model
-    rank, world = dist.get_rank(), dist.get_world_size()
-    share = -(-len(labels) // world)
-    indices = [i % len(labels) for i in range(rank * share, (rank + 1) * share)]
+    share = -(-len(labels) // data.size)
+    indices = [i % len(labels) for i in range(data.rank * share, (data.rank + 1) * share)]
     was_training = model.training
     model.eval()
     with state.ema.swapped():
@@ -78,9 +93,8 @@ def draw_together(
             shape=shape,
             seed=state.seed,
             indices=indices,
-            device=next(model.parameters()).device,
+            device=state.backend.device,
         )
     model.train(was_training)
-    parts = [torch.empty_like(mine) for _ in range(world)]
-    dist.all_gather(parts, mine.contiguous())  # dist: once a grid
-    return torch.cat(parts)[: len(labels)].cpu()
+    parts = gather(mine, data, 0)  # dist: the data ranks, once a grid
+    return parts[: len(labels)].cpu()

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from data_pipeline.cursor import Cursor
+from parallel.backend import Backend
+from parallel.shards import Piece
 from pretrain.ema import EMA, EMAConfig
 from pretrain.optim import AdamW, OptimConfig
 
@@ -13,7 +15,7 @@ from pretrain.optim import AdamW, OptimConfig
 class TrainState:
     """Model, optimizer, average, and the clock that everything else is a function of."""
 
-    model: nn.Module
+    backend: Backend
     optimizer: AdamW
     ema: EMA
     seed: int
@@ -23,16 +25,20 @@ class TrainState:
     cursor: Cursor = Cursor()  # place in the data after `step`
 
     @staticmethod
-    def new(model: nn.Module, optim: OptimConfig, ema: EMAConfig, seed: int) -> "TrainState":
-        return TrainState(model, AdamW(optim, model.named_parameters()), EMA(ema, model), seed)
+    def new(backend: Backend, optim: OptimConfig, ema: EMAConfig, seed: int) -> "TrainState":
+        return TrainState(backend, AdamW(optim, backend.pieces), EMA(ema, backend), seed)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.backend.model
 
     def advance(self, cursor: Cursor) -> None:
         self.step += 1
         self.cursor = cursor
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Live tensors by layout-free name; a checkpoint is written from and loaded into them."""
-        weights: dict[str, Tensor] = {n: p.detach() for n, p in self.model.named_parameters()}
+    def tensors(self) -> dict[str, Tensor | Piece]:
+        """Live values by layout-free name; a checkpoint is written from and loaded into them."""
+        weights: dict[str, Tensor | Piece] = dict(self.backend.pieces)
         weights |= persistent_buffers(self.model)
         return (
             {f"model.{name}": tensor for name, tensor in weights.items()}
@@ -56,9 +62,14 @@ class TrainState:
         self.skipped = scalars["skipped"]
         self.skipped_in_a_row = scalars["skipped_in_a_row"]
         self.optimizer.loaded()
+        self.backend.publish()
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Buffers that a state dict holds (the balance biases), not tables that are computed."""
-    kept = model.state_dict().keys()
+    kept = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in module._buffers.keys() - module._non_persistent_buffers_set
+    }
     return {name: buffer for name, buffer in model.named_buffers() if name in kept}

@@ -50,19 +50,12 @@ def train(cfg: Config) -> None:
     threads = cfg.threads or launch.default_threads(place)
     device = launch.join(place, threads=threads, timeout=timedelta(seconds=cfg.timeout))
     sizes = degrees(cfg.mesh, place.world)
-    mesh = Mesh(sizes, device.type)
+    mesh = Mesh(sizes, device.type, ordered=cfg.deterministic)
     run = Run(Path(cfg.run_dir), place.rank)
-    loader = Loader(cfg.data, *mesh.data, seed=cfg.seed)
-    model = parallelize(
-        cfg.model,
-        mesh,
-        cfg.precision,
-        seed=cfg.seed,
-        device=device,
-        reshard_after_forward=cfg.mesh.reshard_after_forward,
-    )
-    state = TrainState.new(model, cfg.optim, cfg.ema, seed=cfg.seed)
-    engine = Engine(state, cfg.objective, cfg.schedule, step_config(cfg))
+    loader = Loader(cfg.data, mesh.data.rank, mesh.data.size, seed=cfg.seed)
+    backend = parallelize(cfg.model, cfg.mesh, mesh, cfg.precision, seed=cfg.seed, device=device)
+    state = TrainState.new(backend, cfg.optim, cfg.ema, seed=cfg.seed)
+    engine = Engine(state, cfg.objective, cfg.schedule, step_config(cfg), mesh)
     manifest = loader.info
     facts = {
         **identity(cfg, manifest),
@@ -70,7 +63,7 @@ def train(cfg: Config) -> None:
         "config": cfg.model_dump(mode="json"),
     }
     checkpoint = Checkpoint(cfg.checkpoint, run.folder, facts, run.say)
-    preview = Preview(cfg.sample, cfg.objective, manifest, null=cfg.model.num_classes)
+    preview = Preview(cfg.sample, cfg.objective, manifest, mesh, null=cfg.model.num_classes)
 
     # Restore: the same command resumes. Nothing to load is a fresh run.
     checkpoint.restore(state)

@@ -8,12 +8,13 @@ softmax.
 
 import math
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parallel.tensor import Plan, part
 from pretrain.models.init import Fill, Init, Table, Xavier
 from pretrain.models.layers import ChannelAffineNorm, Depthwise, Linear
 
@@ -23,6 +24,15 @@ MAX_LOG_SCALE = math.log(100.0)
 class Attention(nn.Module):
     """Softmax attention within each token set. (B, N, C) -> (B, N, C)."""
 
+    tensor_plan: ClassVar[Plan] = {
+        "enter": "enter",
+        "q": "column",
+        "k": "column",
+        "v": "column",
+        "out": "row",
+        "logit_scale": "cut",
+    }
+
     def __init__(
         self, width: int, num_heads: int, kind: Literal["dot", "norm", "cosine"] = "dot"
     ) -> None:
@@ -30,6 +40,7 @@ class Attention(nn.Module):
         self.kind = kind
         self.head_dim = width // num_heads
         fused = Xavier(width, 3 * width)
+        self.enter = nn.Identity()
         self.q = Linear(width, width, init=fused)
         self.k = Linear(width, width, init=fused)
         self.v = Linear(width, width, init=fused)
@@ -37,13 +48,16 @@ class Attention(nn.Module):
         if kind == "norm":
             self.q_norm = ChannelAffineNorm(self.head_dim)
             self.k_norm = ChannelAffineNorm(self.head_dim)
+        self.register_parameter("logit_scale", None)
+        self.inits: dict[str, Init] = {}
         if kind == "cosine":
             self.logit_scale = nn.Parameter(torch.empty(num_heads))
-            self.inits: dict[str, Init] = {"logit_scale": Fill(math.log(10.0))}
+            self.inits = {"logit_scale": Fill(math.log(10.0))}
 
     def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
         """rope: (2, N, head_dim/2) cosines and sines, or None."""
-        heads = (-1, self.head_dim)
+        heads = (-1, self.head_dim)  # those of this rank
+        x = self.enter(x)
         q = self.q(x).unflatten(-1, heads)  # (B, N, nh, hd)
         k = self.k(x).unflatten(-1, heads)
         v = self.v(x).unflatten(-1, heads)
@@ -63,7 +77,9 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.kind == "cosine":
             # why: in float32, because the logits are up to 100 times the rounding of q and k.
-            scale = self.logit_scale.float().clamp(max=MAX_LOG_SCALE).exp()[:, None]  # (nh, 1)
+            scale = (
+                part(self.logit_scale, torch.float32).clamp(max=MAX_LOG_SCALE).exp()[:, None]
+            )  # (nh, 1)
             q = F.normalize(q.float(), dim=-1) * scale
             k = F.normalize(k.float(), dim=-1)
         return q, k

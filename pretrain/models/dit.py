@@ -7,6 +7,7 @@ Transformers to 16 Billion Parameters. Written from descriptions, no reference c
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from pretrain.models.layers import (
     PatchHead,
     PositionTable,
     SwiGLU,
+    sinusoid,
 )
 from pretrain.models.moe import MoE, MoEConfig, Router, Routing, moe_layers
 from pretrain.models.shape import LatentConfig, fill_from_size, require_multiple
@@ -89,6 +91,14 @@ class DiTShape(LatentConfig):
             )
         return self
 
+    def heads(self) -> dict[str, int]:
+        """Attention heads by what sets them."""
+        return {"model.num_heads": self.num_heads}
+
+    def moe_tokens(self) -> list[int]:
+        """Tokens of an image in each kind of MoE layer."""
+        return [(self.input_size // self.patch) ** 2]
+
 
 def _heads(values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """num_heads from head_dim where only that was given."""
@@ -146,6 +156,7 @@ class DiT(nn.Module):
     def __init__(self, cfg: DiTConfig | DiTMoEConfig) -> None:
         super().__init__()
         self.cfg = cfg
+        self.dtype = torch.float32  # of activations
         self.grid = cfg.input_size // cfg.patch
         self.embed = PatchEmbed(cfg.in_channels, cfg.patch, cfg.width)
         self.position = PositionTable(cfg.width, self.grid)
@@ -163,8 +174,8 @@ class DiT(nn.Module):
         with `routing` one Routing for each MoE layer in order.
         """
         self.cfg.check_input(x_t)
-        x = self.position(self.embed(x_t))  # (B, N, D)
-        c = self.condition(t, cond.view(-1))  # (B, D)
+        x = self.position(self.embed(x_t.to(self.dtype)))  # (B, N, D)
+        c = self.condition(sinusoid(t).to(self.dtype), cond.view(-1))  # (B, D)
         seen: list[Routing] = []
         for block in self.blocks:
             x, routed = block(x, c)  # (B, N, D)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from parallel.shards import Box, box_of, local
 
 # perf: values made at a time; 4 M keeps the float64 normals of one piece near 0.1 GB.
 _PIECE = 1 << 22
@@ -74,28 +74,67 @@ def xavier_conv(shape: tuple[int, int, int, int]) -> Xavier:
     return Xavier(inner * height * width, out * height * width)
 
 
-def initialise(model: nn.Module, seed: int, zero_std: float = 0.0) -> None:
-    """Fill every parameter and buffer as a function of (seed, name, row) alone.
+class Filler:
+    """Gives every parameter and buffer of a model its start, as a function of (seed, name, row).
 
-    To be called once after `to_empty`; DTensors get only their local rows. zero_std: standard
-    deviation given to tensors that the recipe zero-initialises (0 = the recipe). Raises
-    AssertionError for a tensor that declares no init, or a declaration without a tensor: the model
-    is at fault, not its user.
+    Raises AssertionError for a tensor that declares no init, or a declaration without a tensor: the
+    model is at fault, not its user.
     """
-    for prefix, module in model.named_modules():
-        inits = getattr(module, "inits", {})
-        own = {**module._parameters, **module._buffers}
-        own = {name: tensor for name, tensor in own.items() if tensor is not None}
-        for name in inits:
-            assert name in own, (
-                f"{prefix}: init declared for {name}, which is no parameter or buffer"
-            )
-        for name, tensor in own.items():
-            full = f"{prefix}.{name}" if prefix else name
-            assert name in inits, f"{full} declares no init"
-            assert not tensor.is_meta, f"{full} is on meta: call to_empty first"
-            with torch.no_grad():
-                _fill(tensor, inits[name], seed, full, zero_std)
+
+    def __init__(self, model: nn.Module, seed: int, zero_std: float = 0.0) -> None:
+        """zero_std: standard deviation given to tensors that the recipe zero-initialises (0 = the
+        recipe). The model may be on meta, and cut.
+        """
+        self._seed, self._zero_std = seed, zero_std
+        self._starts: dict[str, tuple[Init, Box]] = {}
+        for prefix, module in model.named_modules():
+            inits, boxes = getattr(module, "inits", {}), getattr(module, "boxes", {})
+            own = {**module._parameters, **module._buffers}
+            own = {name: tensor for name, tensor in own.items() if tensor is not None}
+            for name in inits:
+                assert name in own, (
+                    f"{prefix}: init declared for {name}, which is no parameter or buffer"
+                )
+            for name, tensor in own.items():
+                full = f"{prefix}.{name}" if prefix else name
+                assert name in inits, f"{full} declares no init"
+                self._starts[full] = (inits[name], boxes.get(name) or box_of(tensor))
+
+    @property
+    def boxes(self) -> dict[str, Box]:
+        """Where this rank's part of each tensor lies, by name."""
+        return {name: box for name, (_, box) in self._starts.items()}
+
+    @torch.no_grad()
+    def __call__(self, name: str, local: Tensor) -> None:
+        """Fills this rank's part of one tensor."""
+        assert not local.is_meta, f"{name} is on meta: call to_empty first"
+        init, box = self._starts[name]
+        match init:
+            case Table(make):
+                local.copy_(make())
+            case Fill(value):
+                local.fill_(value)
+            case Zero() if self._zero_std == 0.0:
+                local.zero_()
+            case Zero():
+                self._rows(name, local, box, _normal, self._zero_std)
+            case Normal(std):
+                self._rows(name, local, box, _normal, std)
+            case Uniform(bound):
+                self._rows(name, local, box, _uniform, bound)
+            case Xavier(fan_in, fan_out):
+                self._rows(name, local, box, _uniform, math.sqrt(6.0 / (fan_in + fan_out)))
+
+    def _rows(self, name: str, local: Tensor, box: Box, draw: "_Draw", scale: float) -> None:
+        _fill_rows(local, box, _Stream(self._seed, name, draw, scale))
+
+
+def initialise(model: nn.Module, seed: int, zero_std: float = 0.0) -> None:
+    """Fills every parameter and buffer; to be called once after `to_empty`. See `Filler`."""
+    fill = Filler(model, seed, zero_std)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        fill(name, local(tensor))
 
 
 def logical_name(name: str) -> str:
@@ -105,46 +144,21 @@ def logical_name(name: str) -> str:
     return name
 
 
-def _fill(tensor: Tensor, init: Init, seed: int, name: str, zero_std: float) -> None:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    match init:
-        case Table(make):
-            local.copy_(make())
-        case Fill(value):
-            local.fill_(value)
-        case Zero() if zero_std == 0.0:
-            local.zero_()
-        case Zero():
-            _fill_rows(tensor, local, _Stream(seed, name, _normal, zero_std))
-        case Normal(std):
-            _fill_rows(tensor, local, _Stream(seed, name, _normal, std))
-        case Uniform(bound):
-            _fill_rows(tensor, local, _Stream(seed, name, _uniform, bound))
-        case Xavier(fan_in, fan_out):
-            bound = math.sqrt(6.0 / (fan_in + fan_out))
-            _fill_rows(tensor, local, _Stream(seed, name, _uniform, bound))
-
-
-def _fill_rows(tensor: Tensor, local: Tensor, stream: "_Stream") -> None:
+def _fill_rows(local: Tensor, box: Box, stream: "_Stream") -> None:
     if local.numel() == 0:
         return
-    shape, offset = tuple(tensor.shape), (0,) * tensor.ndim
-    if isinstance(tensor, DTensor):
-        _, offset = compute_local_shape_and_global_offset(
-            shape, tensor.device_mesh, tensor.placements
-        )
-    if tensor.ndim < 2:
-        row = stream.rows(0, 1, max(1, tensor.numel())).reshape(shape)
-        box = tuple(slice(o, o + n) for o, n in zip(offset, local.shape, strict=True))
-        local.copy_(torch.from_numpy(np.ascontiguousarray(row[box])))
+    if len(box.shape) < 2:
+        row = stream.rows(0, 1, max(1, math.prod(box.shape))).reshape(box.shape)
+        inside = tuple(slice(o, o + n) for o, n in zip(box.offset, box.sizes, strict=True))
+        local.copy_(torch.from_numpy(np.ascontiguousarray(row[inside])))
         return
-    size = math.prod(shape[1:])
-    inner = tuple(slice(o, o + n) for o, n in zip(offset[1:], local.shape[1:], strict=True))
+    size = math.prod(box.shape[1:])
+    inner = tuple(slice(o, o + n) for o, n in zip(box.offset[1:], box.sizes[1:], strict=True))
     step = max(1, _PIECE // size)
     for start in range(0, local.shape[0], step):
         stop = min(start + step, local.shape[0])
-        rows = stream.rows(offset[0] + start, offset[0] + stop, size)
-        rows = rows.reshape(stop - start, *shape[1:])[(slice(None), *inner)]
+        rows = stream.rows(box.offset[0] + start, box.offset[0] + stop, size)
+        rows = rows.reshape(stop - start, *box.shape[1:])[(slice(None), *inner)]
         local[start:stop].copy_(torch.from_numpy(np.ascontiguousarray(rows)))
 
 

@@ -2,17 +2,20 @@
 
 Tokens stay channels-last throughout, (B, N, C) or (B, H, W, C): a 1×1 convolution is a `Linear`,
 and a spatial one runs on the permuted view, which is torch's channels_last memory format, without a
-copy. Values are undefined until `init.initialise`. No layer writes to itself in forward.
+copy. Values are undefined until `init.initialise`. No layer writes to itself in forward. A layer
+computes in the dtype of its input, whatever the dtype its weights are held in; `cuts` names the dim
+of each parameter that its output features lie on.
 """
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parallel.tensor import Plan, part
 from pretrain.models.init import Fill, Init, Normal, Table, Xavier, Zero, xavier_conv
 from pretrain.models.moe import MoE, Routing
 
@@ -22,6 +25,8 @@ FREQUENCIES = 256  # width of the timestep sinusoid
 
 class Linear(nn.Linear):
     """A linear layer that declares its start: xavier weight and zero bias unless told otherwise."""
+
+    cuts: ClassVar = {"weight": 0, "bias": 0}
 
     def __init__(
         self, inner: int, outer: int, *, bias: bool = True, init: Init | None = None
@@ -34,9 +39,19 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         """Nothing: `initialise` gives the values, from an address."""
 
+    @staticmethod
+    def compute(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """With the parameters a rank holds, whole or cut."""
+        return F.linear(x, part(weight, x.dtype), None if bias is None else part(bias, x.dtype))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.compute(input, self.weight, self.bias)
+
 
 class Conv(nn.Conv2d):
     """A convolution over channels-last tokens, same size out. (B, H, W, C) -> (B, H, W, C')."""
+
+    cuts: ClassVar = {"weight": 0, "bias": 0}
 
     def __init__(
         self,
@@ -57,8 +72,17 @@ class Conv(nn.Conv2d):
     def reset_parameters(self) -> None:
         """Nothing: `initialise` gives the values, from an address."""
 
+    @staticmethod
+    def compute(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """With the kernels a rank holds, whole or cut; groups as the shapes say."""
+        weight = part(weight, x.dtype)
+        bias = None if bias is None else part(bias, x.dtype)
+        groups, padding = x.shape[-1] // weight.shape[1], weight.shape[-1] // 2
+        images = x.permute(0, 3, 1, 2)
+        return F.conv2d(images, weight, bias, 1, padding, 1, groups).permute(0, 2, 3, 1)
+
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.compute(input, self.weight, self.bias)
 
 
 class Depthwise(Conv):
@@ -73,12 +97,42 @@ def layer_norm(x: Tensor) -> Tensor:
     return F.layer_norm(x.float(), x.shape[-1:], eps=EPS)
 
 
-def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """normed: (B, ..., C) float32; shift, scale: (B, ..., C), zero = identity; dtype of shift.
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Layer norm without affine, then shift and scale. x: (B, ..., C); shift, scale:
+    (B, 1, ..., C), zero = identity; computed in float32, given back in the dtype of shift.
 
     Source: DiT, section 3.2 (adaLN). Why float32: 1 + scale in bf16 loses scales below 2^-8.
     """
-    return (normed * (1 + scale.float()) + shift.float()).to(shift.dtype)
+    return _Modulate.apply(x, shift, scale)
+
+
+class _Modulate(torch.autograd.Function):
+    """Keeps x alone for backward: the normed tokens in float32 would be four times its bytes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        normed, mean, rstd = torch.native_layer_norm(x.float(), x.shape[-1:], None, None, EPS)
+        ctx.save_for_backward(x, scale, mean, rstd)
+        return (normed * (1 + scale.float()) + shift.float()).to(shift.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, scale, mean, rstd = ctx.saved_tensors
+        wide, grad = x.float(), grads[0].float()
+        tokens = tuple(range(1, x.ndim - 1))
+        to_scale = (grad * ((wide - mean) * rstd)).sum(tokens, keepdim=True)
+        to_x = torch.ops.aten.native_layer_norm_backward(
+            grad * (1 + scale.float()),
+            wide,
+            x.shape[-1:],
+            mean,
+            rstd,
+            None,
+            None,
+            [True, False, False],
+        )[0]
+        to_shift = grad.sum(tokens, keepdim=True)
+        return to_x.to(x.dtype), to_shift.to(scale.dtype), to_scale.to(scale.dtype)
 
 
 class Conditioning(NamedTuple):
@@ -100,16 +154,34 @@ def sinusoid(t: Tensor, width: int = FREQUENCIES) -> Tensor:
 class LabelTable(nn.Embedding):
     """num_classes + 1 rows; the last is the null label."""
 
+    cuts: ClassVar = {"weight": 1}
+
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__(num_classes + 1, width)
+        self.register_parameter("bias", None)
         self.inits: dict[str, Init] = {"weight": Normal(0.02)}
 
     def reset_parameters(self) -> None:
         """Nothing: `initialise` gives the values, from an address."""
 
+    @staticmethod
+    def compute(x: Tensor, weight: Tensor, bias: None) -> Tensor:
+        """With the columns a rank holds."""
+        return F.embedding(x, part(weight, weight.dtype))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.compute(input, self.weight, self.bias)
+
 
 class Condition(nn.Module):
     """Time and label to one conditioning vector, with the shared adaLN of `adaln_lora` if asked."""
+
+    tensor_plan: ClassVar[Plan] = {
+        "time1": "column",
+        "time2": "row",
+        "label": "gathered",
+        "adaln": "gathered",
+    }
 
     def __init__(self, width: int, num_classes: int, shared_adaln: bool = False) -> None:
         super().__init__()
@@ -118,11 +190,10 @@ class Condition(nn.Module):
         self.label = LabelTable(num_classes, width)
         self.adaln = Linear(width, 6 * width, init=Zero()) if shared_adaln else None
 
-    def forward(self, t: Tensor, label: Tensor) -> Conditioning:
-        """t: (B,) in sinusoid units; label: (B,) int64."""
-        waves = sinusoid(t).to(self.time1.weight.dtype)
+    def forward(self, waves: Tensor, label: Tensor) -> Conditioning:
+        """waves: (B, 256) sinusoid of t; label: (B,) int64."""
         time = self.time2(F.silu(self.time1(waves)))  # (B, D)
-        c = F.silu(time + self.label(label))
+        c = F.silu(time + self.label(label).to(time.dtype))
         shared = None if self.adaln is None else self.adaln(c)
         return Conditioning(c, F.silu(time), shared)
 
@@ -133,6 +204,8 @@ class AdaLN(nn.Module):
     With a rank, a low-rank part of its own is added to the part that blocks share.
     Source: DiT section 3.2 (adaLN-Zero); adaLN-LoRA after PixArt and Cosmos.
     """
+
+    tensor_plan: ClassVar[Plan] = {"up": "gathered"}
 
     def __init__(self, width: int, chunks: int, rank: int | None = None) -> None:
         super().__init__()
@@ -154,25 +227,37 @@ class AdaLN(nn.Module):
 class Mlp(nn.Module):
     """Two linears with tanh-GELU between: the feed-forward of DiT."""
 
+    tensor_plan: ClassVar[Plan] = {"enter": "enter", "fc1": "column", "fc2": "row"}
+
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
+        self.enter = nn.Identity()
         self.fc1 = Linear(width, hidden)
         self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(F.gelu(self.fc1(self.enter(x)), approximate="tanh"))
 
 
 class SwiGLU(nn.Module):
     """Bias-free gated feed-forward: the shared expert of DiT-MoE."""
 
+    tensor_plan: ClassVar[Plan] = {
+        "enter": "enter",
+        "gate": "column",
+        "up": "column",
+        "down": "row",
+    }
+
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
+        self.enter = nn.Identity()
         self.gate = Linear(width, hidden, bias=False)
         self.up = Linear(width, hidden, bias=False)
         self.down = Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
@@ -190,11 +275,10 @@ class Block(nn.Module):
         self, x: Tensor, cond: Conditioning, rope: Tensor | None = None
     ) -> tuple[Tensor, Routing | None]:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(cond, x.ndim)
-        x = x + gate1 * self.attn(modulate(layer_norm(x), shift1, scale1), rope)
-        normed = layer_norm(x)
-        out, routing = modulate(normed, shift2, scale2), None
+        x = x + gate1 * self.attn(modulate(x, shift1, scale1), rope)
+        out, routing = modulate(x, shift2, scale2), None
         if isinstance(self.ffn, MoE):
-            out, routing = self.ffn(out, normed, cond.time)
+            out, routing = self.ffn(out, layer_norm(x), cond.time)
         else:
             out = self.ffn(out)
         return x + gate2 * out, routing
@@ -208,7 +292,7 @@ class PatchEmbed(Linear):
         self.patch = patch
 
     def forward(self, input: Tensor) -> Tensor:
-        x = F.pixel_unshuffle(input.to(self.weight.dtype), self.patch)  # (B, C*p*p, H/p, W/p)
+        x = F.pixel_unshuffle(input, self.patch)  # (B, C*p*p, H/p, W/p)
         return super().forward(x.flatten(2).transpose(1, 2))
 
 
@@ -222,7 +306,7 @@ class PatchHead(nn.Module):
         self.linear = Linear(width, patch * patch * channels, init=Zero())
 
     def forward(self, x: Tensor, cond: Conditioning, grid: int) -> Tensor:
-        x = self.linear(modulate(layer_norm(x), *self.adaln(cond, x.ndim)))
+        x = self.linear(modulate(x, *self.adaln(cond, x.ndim)))
         x = x.view(-1, grid, grid, self.patch, self.patch, self.channels)
         x = x.permute(0, 5, 1, 3, 2, 4)
         return x.reshape(-1, self.channels, grid * self.patch, grid * self.patch)
@@ -258,11 +342,15 @@ def position_table(width: int, grid: int) -> Tensor:
 class ChannelAffineNorm(nn.Module):
     """Layer norm with weight and bias, in float32: the qk-norm of DiT-MoE XL and G."""
 
+    tensor_plan: ClassVar[Plan] = {"enter": "enter"}
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
         self.bias = nn.Parameter(torch.empty(width))
         self.inits: dict[str, Init] = {"weight": Fill(1.0), "bias": Zero()}
+        self.enter = nn.Identity()  # of the parameters: every rank's heads use all of them
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), x.shape[-1:], self.weight.float(), self.bias.float(), EPS)
+        weight, bias = self.enter(self.weight.float()), self.enter(self.bias.float())
+        return F.layer_norm(x.float(), x.shape[-1:], weight, bias, EPS)

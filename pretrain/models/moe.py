@@ -1,7 +1,8 @@
 """Mixture of experts: the router, the routed experts, and the layer that sets them beside a shared.
 
-Routing is dropless and the same in training and evaluation. The balance bias, the auxiliary losses
-and everything that needs a sum over ranks belong to the engine: a layer only reports `Routing`.
+Routing is the same in training and evaluation. How tokens reach experts is the dispatcher's. The
+balance bias, the auxiliary losses and everything that needs a sum over ranks belong to the engine:
+a layer only reports `Routing`.
 """
 
 import math
@@ -12,7 +13,9 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from parallel.experts import combine, count_picks, dispatch, grouped_mm, order_by_expert
+from parallel.dispatch import Dispatcher, Exact
+from parallel.experts import Picks, count_picks, grouped_mm, take
+from parallel.tensor import part
 from pretrain.models.init import Fill, Init, Uniform, Xavier, Zero
 
 StageName = Literal["enc1", "enc2", "latent", "dec2", "dec1"]
@@ -35,12 +38,15 @@ class MoEConfig(BaseModel):
     renormalise: bool = True  # weights of the chosen experts sum to 1 (before scale)
     scale: float = Field(1.0, gt=0)  # multiplies the weights
     router_input: Literal["unmodulated", "modulated"] = "unmodulated"  # normed tokens it reads
-    router_time: bool = True  # add W_t·SiLU(time) to the logits, one vector an image
-    balance: Literal["bias", "none"] = "bias"  # selection bias moved by the engine
-    bias_rate: float = Field(1e-3, ge=0)  # its step: bias += rate·sign(mean − count)
+    router_time: bool = True  # logits know the time, by one vector W_t·SiLU(time) an image
+    # bias: moved by the engine, for selection only; expert_choice: experts choose tokens
+    balance: Literal["bias", "none", "expert_choice"] = "bias"
+    bias_rate: float = Field(1e-3, ge=0)  # step of the bias: bias += rate·sign(mean − count)
     aux_batch: float = Field(0.0, ge=0)  # weight of the published batch-wise loss
     aux_image: float = Field(0.0, ge=0)  # weight of the per-image loss
     z_loss: float = Field(0.0, ge=0)  # weight of mean logsumexp²
+    dispatcher: Literal["exact", "static"] = "exact"  # drops nothing | never waits for the device
+    capacity: float = Field(2.0, ge=1)  # static: a rank's buffer ÷ its even share of picks
 
     @model_validator(mode="after")
     def _check(self) -> "MoEConfig":
@@ -48,6 +54,12 @@ class MoEConfig(BaseModel):
             raise ValueError(
                 f"top_k={self.top_k} must be at most experts={self.experts}; "
                 "lower top_k or raise experts"
+            )
+        if self.balance == "expert_choice" and (self.aux_batch or self.aux_image):
+            raise ValueError(
+                f"aux_batch={self.aux_batch}, aux_image={self.aux_image} with "
+                "balance=expert_choice: experts that choose are even by construction; "
+                "set both losses to 0, or balance to bias or none"
             )
         return self
 
@@ -62,14 +74,19 @@ class Routing(NamedTuple):
     counts: Tensor  # (B, E) float32, no gradient: token picks
     probs: Tensor  # (B, E) float32: sum over tokens of the score, normalised over experts
     z: Tensor  # (B,) float32: sum over tokens of logsumexp(logits)²
+    dropped: Tensor  # () float32, no gradient: picks of the batch that no expert saw
 
 
 class Router(nn.Module):
-    """Choose k experts a token, in float32.
+    """Choose experts for tokens, or tokens for experts, in float32.
 
-    An expert is chosen by score + bias and weighted by the score alone. The time term is one vector
-    an image: it moves which experts an image prefers, and cannot change which of its tokens an
-    expert prefers.
+    Top-k: a token takes the k experts of largest score + bias and weighs them by the score alone.
+    Expert choice: an expert takes the ceil(N·k/E) tokens of largest score of each image, so a token
+    may have any number of experts. Source: Mixture-of-Experts with Expert Choice Routing.
+
+    The time term is one vector an image. Added to the logits it moves which experts an image
+    prefers, and cannot change which of its tokens an expert prefers. So where experts choose it is
+    multiplied: logits·(1 + W_t·SiLU(time)).
     """
 
     def __init__(self, width: int, cfg: MoEConfig) -> None:
@@ -82,24 +99,58 @@ class Router(nn.Module):
             self.inits["time"] = Zero()
         self.register_buffer("bias", torch.empty(cfg.experts, dtype=torch.float32))
 
-    def forward(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Routing]:
-        """x: (B, N, C) normed tokens; time: (B, C) -> weights, experts: (B, N, k), Routing."""
+    def forward(self, x: Tensor, time: Tensor) -> tuple[Picks, Routing]:
+        """x: (B, N, C) normed tokens; time: (B, C). Picks are of all B·N tokens together."""
         cfg = self.cfg
         logits = F.linear(x.float(), self.weight.float())  # (B, N, E)
         if cfg.router_time:
-            logits = logits + F.linear(time.float(), self.time.float())[:, None]
+            shift = F.linear(time.float(), self.time.float())[:, None]
+            logits = logits * (1 + shift) if cfg.balance == "expert_choice" else logits + shift
         if cfg.score == "softmax":
             score = shares = logits.softmax(-1)
         else:
             score = logits.sigmoid()
             shares = score / score.sum(-1, keepdim=True)
+        if cfg.balance == "expert_choice":
+            picks, counts = self._by_expert(score)
+        else:
+            picks, counts = self._by_token(score)
+        z = logits.logsumexp(-1).square().sum(-1)
+        routing = Routing(counts, shares.sum(1), z, dropped=torch.zeros((), device=x.device))
+        return picks, routing
+
+    def _by_token(self, score: Tensor) -> tuple[Picks, Tensor]:
+        """score: (B, N, E) -> picks, counts (B, E)."""
+        cfg = self.cfg
         experts = (score.detach() + self.bias.float()).topk(cfg.top_k, dim=-1).indices
         weights = score.gather(-1, experts)  # (B, N, k)
         if cfg.renormalise:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         counts = count_picks(experts.flatten(1), cfg.experts).float()
-        z = logits.logsumexp(-1).square().sum(-1)
-        return weights * cfg.scale, experts, Routing(counts, shares.sum(1), z)
+        tokens = torch.arange(experts[..., 0].numel(), device=score.device)
+        tokens = tokens[:, None].expand(-1, cfg.top_k).flatten()
+        weights = (weights * cfg.scale).flatten()
+        return Picks(experts.flatten(), weights, tokens, cfg.top_k), counts
+
+    def _by_expert(self, score: Tensor) -> tuple[Picks, Tensor]:
+        """score: (B, N, E) -> picks, counts (B, E)."""
+        cfg = self.cfg
+        images, num_tokens, num_experts = score.shape
+        each = math.ceil(num_tokens * cfg.top_k / num_experts)  # tokens an expert takes
+        best = score.detach().transpose(1, 2).topk(each, dim=-1).indices  # (B, E, each)
+        chosen = torch.zeros_like(score, dtype=torch.bool).transpose(1, 2).contiguous()
+        chosen = chosen.scatter_(-1, best, True).transpose(1, 2)  # (B, N, E)
+        if cfg.renormalise:
+            score = score / (torch.where(chosen, score, 0).sum(-1, keepdim=True) + 1e-20)
+        # why: the n-th set place by search in a running count; its number is known without looking.
+        flat = chosen.flatten()
+        nth = flat.cumsum(0)  # (B·N·E,)
+        wanted = torch.arange(1, best.numel() + 1, device=score.device)
+        places = torch.searchsorted(nth, wanted)  # (P,)
+        weights = take(score.flatten(), places, (nth - 1).clamp(min=0), flat) * cfg.scale
+        lengths = chosen.flatten(0, 1).sum(-1)
+        picks = Picks(places % num_experts, weights, places // num_experts, lengths)
+        return picks, chosen.sum(1).float()
 
 
 class Experts(nn.Module):
@@ -115,9 +166,13 @@ class Experts(nn.Module):
         }
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """rows: (T, C) in order of expert; counts: (E,) int64. Returns (T, C)."""
-        hidden = F.silu(grouped_mm(rows, self.gate, counts)) * grouped_mm(rows, self.up, counts)
-        return grouped_mm(hidden, self.down, counts)
+        """rows: (R, C) in order of expert; counts: (E,) int64, or one more: of rows to ignore.
+
+        E is the number of experts on this rank. Returns (R, C).
+        """
+        gate, up, down = (part(w, rows.dtype) for w in (self.gate, self.up, self.down))
+        hidden = F.silu(grouped_mm(rows, gate, counts)) * grouped_mm(rows, up, counts)
+        return grouped_mm(hidden, down, counts)
 
 
 class MoE(nn.Module):
@@ -129,18 +184,17 @@ class MoE(nn.Module):
         self.router = Router(width, cfg)
         self.experts = Experts(width, cfg.width(width), cfg.experts)
         self.shared = shared
+        self.dispatcher: Dispatcher = Exact(cfg.experts)  # whoever shards experts sets another
 
     def forward(self, x: Tensor, normed: Tensor, time: Tensor) -> tuple[Tensor, Routing]:
         """x: (B, ..., C) modulated tokens; normed: the same before modulation; time: (B, C)."""
         seen = x if self.cfg.router_input == "modulated" else normed
-        weights, experts, routing = self.router(seen.flatten(1, -2), time)
-        order = order_by_expert(experts.flatten(0, 1), self.cfg.experts)
-        rows = dispatch(x.reshape(-1, x.shape[-1]), order, self.cfg.top_k)
-        rows = self.experts(rows, order.counts)
-        out = combine(rows, weights.flatten(0, 1), order).view(x.shape)
-        if self.shared is not None:
-            out = out + self.shared(x)
-        return out, routing
+        picks, routing = self.router(seen.flatten(1, -2), time)
+        shared = self.shared
+        beside = None if shared is None else lambda: shared(x)
+        out, side, dropped = self.dispatcher(x.flatten(0, -2), picks, self.experts, beside)
+        out = out.view(x.shape)
+        return out if side is None else out + side, routing._replace(dropped=dropped)
 
 
 def moe_layers(model: nn.Module) -> list[MoE]:

@@ -4,12 +4,13 @@ Each part states what it merges to. Merging reads one part and writes another: n
 place.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parallel.tensor import Plan, part
 from pretrain.models.layers import Depthwise, Linear
 
 # trained: what runs; published: the same with its kernels apart, for counts; merged: for inference.
@@ -22,10 +23,11 @@ class Factored(nn.Module):
     def __init__(self, inner: int, middle: int, outer: int) -> None:
         super().__init__()
         self.first = Linear(inner, middle)
+        self.enter = nn.Identity()
         self.second = Linear(middle, outer)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.first(x))
+        return self.second(self.enter(self.first(x)))
 
     def merge_to(self, out: Linear) -> None:
         """Give `out` the product."""
@@ -42,6 +44,8 @@ class Kernels(nn.Module):
     `apart` applies them one by one, the published graph, for counting its MACs.
     """
 
+    tensor_plan: ClassVar[Plan] = {"five": "cut", "three": "cut", "one": "cut"}
+
     def __init__(self, width: int, apart: bool) -> None:
         super().__init__()
         self.apart = apart
@@ -55,7 +59,7 @@ class Kernels(nn.Module):
         # perf: U-DiT-S forward and backward, batch 8, one thread of a busy CPU: 10.2 s, apart
         # 15.5 s, because torch runs a depthwise 1×1 channel by channel there.
         # why: x stays outside, because 1 + weight in bf16 would lose the weight.
-        weight, bias = self._sum(torch.float32)
+        weight, bias = self._sum(torch.float32)  # those of this rank's channels
         weight, bias = weight.to(x.dtype), bias.to(x.dtype)
         images = x.permute(0, 3, 1, 2)
         mixed = F.conv2d(images, weight, bias, padding=2, groups=weight.shape[0])
@@ -64,10 +68,10 @@ class Kernels(nn.Module):
     def _sum(self, least: torch.dtype) -> tuple[Tensor, Tensor]:
         parts = (self.five, self.three, self.one)
         dtype = torch.promote_types(least, parts[0].weight.dtype)
-        five, three, one = (F.pad(p.weight.to(dtype), (i,) * 4) for i, p in enumerate(parts))
+        five, three, one = (F.pad(part(p.weight, dtype), (i,) * 4) for i, p in enumerate(parts))
         # why: added, not stacked and summed. Autograd gives the parts of a stack views of one
         # gradient, and a second micro-batch would then be added to that memory three times.
-        biases = [p.bias.to(dtype) for p in parts if p.bias is not None]
+        biases = [part(p.bias, dtype) for p in parts if p.bias is not None]
         return five + three + one, biases[0] + biases[1] + biases[2]
 
     def merge_to(self, out: Depthwise) -> None:
@@ -80,6 +84,14 @@ class Kernels(nn.Module):
 
 class FeedForward(nn.Module):
     """1×1 to hidden, erf-GELU, depthwise mixing, 1×1 back. (B, H, W, C) -> the same."""
+
+    tensor_plan: ClassVar[Plan] = {  # of the trained form
+        "expand.first": "gathered",
+        "expand.enter": "enter",
+        "expand.second": "column",
+        "contract.first": "row",
+        "contract.second": "gathered",
+    }
 
     def __init__(self, width: int, hidden: int, form: Form) -> None:
         super().__init__()

@@ -8,12 +8,13 @@ from a description, no reference code used. The mixture-of-experts variant is ou
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from parallel.tensor import Plan
 from pretrain.models.attention import PhaseAttention, Rope
 from pretrain.models.init import Xavier, Zero
 from pretrain.models.layers import (
@@ -23,8 +24,8 @@ from pretrain.models.layers import (
     Conditioning,
     Conv,
     Linear,
-    layer_norm,
     modulate,
+    sinusoid,
 )
 from pretrain.models.moe import MoE, MoEConfig, Router, Routing, moe_layers
 from pretrain.models.rep import FeedForward, Form, merge_into
@@ -102,6 +103,16 @@ class UDiTConfig(LatentConfig):
         """Channels of a stage."""
         return self.width * STAGES[stage][0]
 
+    def heads(self) -> dict[str, int]:
+        """Attention heads by what sets them."""
+        key = "model.num_heads" if self.num_heads else "model.head_dim"
+        return {f"{key} ({stage})": self.stage_heads(stage) for stage in STAGES}
+
+    def moe_tokens(self) -> list[int]:
+        """Tokens of an image in each kind of MoE layer."""
+        stages = self.moe.stages if self.moe else ()
+        return [(self.input_size // STAGES[stage][1]) ** 2 for stage in stages]
+
     def stage_heads(self, stage: str) -> int:
         """Attention heads of a stage."""
         return self.num_heads or self.stage_width(stage) // (self.head_dim or 1)
@@ -153,6 +164,8 @@ class Stage(nn.Module):
 class Down(nn.Module):
     """(B, H, W, C) -> (B, H/2, W/2, 2C): halve the channels, then pixels to channels."""
 
+    tensor_plan: ClassVar[Plan] = {"conv": "gathered"}
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv = Conv(width, width // 2, 3, bias=False)
@@ -168,6 +181,8 @@ class Down(nn.Module):
 class Up(nn.Module):
     """(B, H, W, C) -> (B, 2H, 2W, C/2): double the channels, then channels to pixels."""
 
+    tensor_plan: ClassVar[Plan] = {"conv": "gathered"}
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv = Conv(width, 2 * width, 3, bias=False)
@@ -182,6 +197,8 @@ class Up(nn.Module):
 class Head(nn.Module):
     """Convolution, adaLN, and a convolution that starts at zero. (B, H, W, C) -> (B, H, W, C')."""
 
+    tensor_plan: ClassVar[Plan] = {"conv": "gathered"}
+
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
         self.conv = Conv(width, width, 3)
@@ -190,17 +207,19 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
         x = self.conv(x)
-        return self.out(modulate(layer_norm(x), *self.adaln(cond, x.ndim)))
+        return self.out(modulate(x, *self.adaln(cond, x.ndim)))
 
 
 class UDiT(nn.Module):
     """Latent, time and label to a prediction, in the trained or in another form (`rep.Form`)."""
 
     label_tables = 3
+    tensor_plan: ClassVar[Plan] = {"reduce2": "gathered", "reduce1": "gathered"}
 
     def __init__(self, cfg: UDiTConfig, form: Form = "trained") -> None:
         super().__init__()
         self.cfg = cfg
+        self.dtype = torch.float32  # of activations
         h, lora = cfg.width, cfg.adaln_lora is not None
         stem = Xavier(
             cfg.in_channels * 9, h
@@ -233,10 +252,11 @@ class UDiT(nn.Module):
         """
         self.cfg.check_input(x_t)
         label1, label2, label3 = cond.view(len(x_t), -1).expand(-1, 3).unbind(1)
-        c1 = self.condition1(t, label1)  # (B, h)
-        c2 = self.condition2(t, label2)  # (B, 2h)
-        c3 = self.condition3(t, label3)  # (B, 4h)
-        x = x_t.to(self.stem.weight.dtype).permute(0, 2, 3, 1).contiguous()
+        waves = sinusoid(t).to(self.dtype)
+        c1 = self.condition1(waves, label1)  # (B, h)
+        c2 = self.condition2(waves, label2)  # (B, 2h)
+        c3 = self.condition3(waves, label3)  # (B, 4h)
+        x = x_t.to(self.dtype).permute(0, 2, 3, 1).contiguous()
         skip1, seen1 = self.enc1(self.stem(x), c1)  # (B, H, W, h)
         skip2, seen2 = self.enc2(self.down1(skip1), c2)  # (B, H/2, W/2, 2h)
         x, seen3 = self.latent(self.down2(skip2), c3)  # (B, H/4, W/4, 4h)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from parallel.experts import combine, count_picks, dispatch, grouped_mm, order_by_expert
+from parallel.experts import Picks, combine, count_picks, grouped_mm, order_by_expert, spread, take
 
 COUNTS = [[3, 0, 5, 2], [0, 0, 10, 0], [10, 0, 0, 0], [0, 0, 0, 0]]
 
@@ -62,29 +62,68 @@ def test_flops_are_counted_forward_and_backward_on_meta(dtype: torch.dtype) -> N
     assert backward.get_total_flops() == 2 * forward.get_total_flops()
 
 
-@pytest.mark.parametrize("case", ["mixed", "all on one"])
-def test_dispatch_and_combine_equal_a_loop_over_tokens(case: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_nobody_are_not_read_and_give_zeros(dtype: torch.dtype) -> None:
+    counts = [3, 0, 5]
+    x, w, grad = (v.to(dtype) for v in operands([*counts, 4], 5, 7))
+    x[8:], grad[8:] = float("nan"), float("inf")
+    x.requires_grad_()
+    w = w[:3].clone().requires_grad_()
+    out = grouped_mm(x, w, torch.tensor([*counts, 4]))
+    out.backward(grad)
+    plain = [x[:8].detach().requires_grad_(), w.detach().requires_grad_()]
+    want = grouped_mm(*plain, torch.tensor(counts))
+    want.backward(grad[:8])
+    assert out[8:].eq(0).all()
+    assert x.grad[8:].eq(0).all()
+    torch.testing.assert_close(out[:8], want)
+    torch.testing.assert_close(x.grad[:8], plain[0].grad)
+    torch.testing.assert_close(w.grad, plain[1].grad)
+
+
+PICKS = {
+    "mixed": [[4, 1], [0, 2], [2, 1], [3, 0], [1, 4], [2, 3], [0, 1]],
+    "all on one": [[3, 3]] * 7,
+    "varied": [[], [1], [0, 1, 2, 3, 4], [2, 4], [], [0, 1, 4], []],
+}
+
+
+@pytest.mark.parametrize("case", PICKS)
+def test_spread_and_combine_equal_a_loop_over_tokens(case: str) -> None:
     generator = torch.Generator().manual_seed(2)
-    tokens, k, num_experts, width = 7, 2, 5, 4
-    picks = torch.rand(tokens, num_experts, generator=generator).topk(k).indices
-    if case == "all on one":
-        picks = torch.full((tokens, k), 3)
-    x = torch.randn(tokens, width, generator=generator, dtype=torch.float64, requires_grad=True)
-    weights = torch.rand(tokens, k, generator=generator, dtype=torch.float64, requires_grad=True)
+    chosen, num_experts, width = PICKS[case], 5, 4
+    experts = torch.tensor([e for row in chosen for e in row])
+    tokens = torch.tensor([t for t, row in enumerate(chosen) for _ in row])
+    lengths = torch.tensor([len(row) for row in chosen]) if case == "varied" else 2
+    x = torch.randn(7, width, generator=generator, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(len(experts), generator=generator, dtype=torch.float64, requires_grad=True)
     gain = torch.arange(1, num_experts + 1, dtype=torch.float64)
 
-    order = order_by_expert(picks, num_experts)
-    rows = dispatch(x, order, k)
-    names = picks.flatten()[order.forth]
-    out = combine(rows * gain[names][:, None], weights, order)
+    picks = Picks(experts, weights, tokens, lengths)
+    order = order_by_expert(experts, num_experts)
+    names = experts[order.forth]
+    out = combine(spread(x, picks, order) * gain[names][:, None], picks, order)
     ours = torch.autograd.grad(out.square().sum(), (x, weights))
 
-    want = torch.stack([(weights[i] * gain[picks[i]]).sum() * x[i] for i in range(tokens)])
+    scale = torch.zeros(7, dtype=torch.float64)
+    for pick, (token, expert) in enumerate(zip(tokens, experts, strict=True)):
+        scale = scale + torch.eye(7, dtype=torch.float64)[token] * weights[pick] * gain[expert]
+    want = scale[:, None] * x
     exact = torch.autograd.grad(want.square().sum(), (x, weights))
-    assert names.tolist() == sorted(picks.flatten().tolist())
-    assert order.counts.tolist() == torch.bincount(picks.flatten(), minlength=num_experts).tolist()
+    assert names.tolist() == sorted(experts.tolist())
+    assert order.counts.tolist() == torch.bincount(experts, minlength=num_experts).tolist()
     torch.testing.assert_close(out, want)
     torch.testing.assert_close(ours, exact)
+
+
+def test_take_gathers_back_and_leaves_zero_where_nothing_was_taken() -> None:
+    rows = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    index, inverse = torch.tensor([2, 0, 3]), torch.tensor([1, 0, 0, 2])
+    taken = torch.tensor([True, False, True, True])
+    out = take(rows, index, inverse, taken)
+    (got,) = torch.autograd.grad(out.square().sum(), rows)
+    assert torch.equal(out, rows[index])
+    torch.testing.assert_close(got, 2 * rows.detach() * taken[:, None])
 
 
 def test_tokens_of_one_expert_keep_their_order() -> None:

@@ -7,14 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain.balance import auxiliary_loss
 from pretrain.models.dit import PUBLISHED_MOE
 from pretrain.models.init import initialise
 from pretrain.models.layers import SwiGLU
-from pretrain.models.moe import MoE, MoEConfig, Router
+from pretrain.models.moe import MoE, MoEConfig, Router, Routing
 
 WIDTH = 8
 OURS = MoEConfig(experts=5, top_k=2, hidden=12, scale=1.5)
 PUBLISHED = MoEConfig(**{**PUBLISHED_MOE, "experts": 5, "hidden_ratio": 1.5})
+CHOOSING = MoEConfig(experts=5, top_k=2, hidden=12, scale=1.5, balance="expert_choice")
+RAW = CHOOSING.model_copy(update={"renormalise": False, "score": "softmax"})
 
 
 @pytest.fixture(autouse=True)
@@ -34,19 +37,33 @@ def tokens() -> tuple[Tensor, Tensor, Tensor]:
     return draw[0], draw[1], draw[2, :, 0, 0]
 
 
+def chosen_by_tokens(moe: MoE, score: Tensor) -> list[list[int]]:
+    """The experts of each token of an image. score: (N, E)."""
+    return [(row + moe.router.bias).topk(moe.cfg.top_k).indices.tolist() for row in score]
+
+
+def chosen_by_experts(moe: MoE, score: Tensor) -> list[list[int]]:
+    each = -(-len(score) * moe.cfg.top_k // moe.cfg.experts)
+    best = [column.sort(descending=True).indices[:each].tolist() for column in score.T]
+    return [[e for e, taken in enumerate(best) if n in taken] for n in range(len(score))]
+
+
 def dense(moe: MoE, x: Tensor, normed: Tensor, time: Tensor) -> Tensor:
     """Every token through every expert of its own, one at a time, in float64."""
     cfg, router, experts = moe.cfg, moe.router, moe.experts
+    by_experts = cfg.balance == "expert_choice"
     out = []
     for b in range(x.shape[0]):
-        for token, seen in zip(x[b].reshape(-1, WIDTH), normed[b].reshape(-1, WIDTH), strict=True):
-            read = token if cfg.router_input == "modulated" else seen
-            logits = router.weight @ read
-            if cfg.router_time:
-                logits = logits + router.time @ time[b]
-            score = logits.softmax(-1) if cfg.score == "softmax" else logits.sigmoid()
-            chosen = (score + router.bias).topk(cfg.top_k).indices
-            weights = score[chosen]
+        image = x[b].reshape(-1, WIDTH)
+        read = image if cfg.router_input == "modulated" else normed[b].reshape(-1, WIDTH)
+        logits = read @ router.weight.T
+        if cfg.router_time:
+            shift = router.time @ time[b]
+            logits = logits * (1 + shift) if by_experts else logits + shift
+        score = logits.softmax(-1) if cfg.score == "softmax" else logits.sigmoid()
+        choose = chosen_by_experts if by_experts else chosen_by_tokens
+        for token, row, chosen in zip(image, score, choose(moe, score), strict=True):
+            weights = row[chosen]
             if cfg.renormalise:
                 weights = weights / weights.sum()
             y = torch.zeros(WIDTH, dtype=x.dtype)
@@ -57,8 +74,17 @@ def dense(moe: MoE, x: Tensor, normed: Tensor, time: Tensor) -> Tensor:
     return torch.stack(out).view(x.shape)
 
 
-@pytest.mark.parametrize("cfg", [OURS, PUBLISHED], ids=["ours", "published"])
-@pytest.mark.parametrize("case", ["mixed", "all on two"])
+@pytest.mark.parametrize(
+    ("cfg", "case"),
+    [
+        (OURS, "mixed"),
+        (OURS, "all on two"),
+        (PUBLISHED, "mixed"),
+        (PUBLISHED, "all on two"),
+        (CHOOSING, "mixed"),
+        (RAW, "mixed"),
+    ],
+)
 def test_values_and_gradients_equal_a_dense_loop(cfg: MoEConfig, case: str) -> None:
     moe = layer(cfg)
     if case == "all on two":
@@ -75,7 +101,11 @@ def test_values_and_gradients_equal_a_dense_loop(cfg: MoEConfig, case: str) -> N
         assert got.grad is not None, name
         wanted = torch.zeros_like(ref) if ref.grad is None else ref.grad
         torch.testing.assert_close(got.grad.double(), wanted, atol=2e-5, rtol=1e-4)
-    assert routing.counts.sum(-1).tolist() == [12.0] * 3
+    assert routing.dropped == 0
+    if cfg.balance == "expert_choice":
+        assert routing.counts.tolist() == [[3.0] * 5] * 3  # ceil(6 tokens · 2 / 5)
+    else:
+        assert routing.counts.sum(-1).tolist() == [12.0] * 3
     if case == "all on two":
         assert routing.counts.tolist() == [[0, 6, 6, 0, 0]] * 3
         assert single.experts.gate.grad[[0, 3, 4]].eq(0).all()
@@ -95,11 +125,14 @@ def test_bias_chooses_and_does_not_weigh() -> None:
     initialise(router, 0)
     x, time = torch.randn(2, 4, WIDTH), torch.randn(2, WIDTH)
     router.bias[3] += 10
-    weights, experts, routing = router(x, time)
+    picks, routing = router(x, time)
+    experts = picks.experts.view(2, 4, 2)
     assert experts[..., 0].eq(3).all()
     score = F.linear(x, router.weight).sigmoid()
     picked = score.gather(-1, experts)
-    torch.testing.assert_close(weights, OURS.scale * picked / picked.sum(-1, keepdim=True))
+    torch.testing.assert_close(
+        picks.weights.view(2, 4, 2), OURS.scale * picked / picked.sum(-1, keepdim=True)
+    )
     assert routing.counts.requires_grad is False
     assert routing.counts[:, 3].tolist() == [4.0, 4.0]
 
@@ -108,11 +141,12 @@ def test_routing_reports_sums_over_the_tokens_of_an_image() -> None:
     router = Router(WIDTH, PUBLISHED)
     initialise(router, 0)
     x = torch.randn(2, 4, WIDTH)
-    _, experts, routing = router(x, torch.zeros(2, WIDTH))
+    picks, routing = router(x, torch.zeros(2, WIDTH))
     logits = F.linear(x, router.weight)
     torch.testing.assert_close(routing.probs, logits.softmax(-1).sum(1))
     torch.testing.assert_close(routing.z, logits.logsumexp(-1).square().sum(1))
-    assert routing.counts[1].tolist() == torch.bincount(experts[1].flatten(), minlength=5).tolist()
+    second = picks.experts.view(2, -1)[1]
+    assert routing.counts[1].tolist() == torch.bincount(second, minlength=5).tolist()
 
 
 @pytest.mark.parametrize(("scale", "low", "high"), [(0.0, 1.0, 1.0), (1.0, 0.95, 1.3)])
@@ -123,7 +157,7 @@ def test_published_auxiliary_loss_is_alpha_at_a_zero_router(
     initialise(router, 0)
     with torch.no_grad():
         router.weight.mul_(scale)
-    _, _, routing = router(torch.randn(4, 64, WIDTH), torch.zeros(4, WIDTH))
+    _, routing = router(torch.randn(4, 64, WIDTH), torch.zeros(4, WIDTH))
     share = routing.counts.sum(0) / routing.counts.sum()
     score = routing.probs.sum(0) / (4 * 64)
     loss = PUBLISHED.aux_batch * PUBLISHED.experts * (share * score).sum()
@@ -137,3 +171,55 @@ def test_router_starts_as_published_and_its_time_term_at_zero() -> None:
     assert router.time.eq(0).all()
     assert router.bias.eq(0).all()
     assert router.bias.dtype == torch.float32
+
+
+def test_picks_stand_in_order_of_token_and_name_it() -> None:
+    for cfg in (OURS, CHOOSING):
+        router = Router(WIDTH, cfg)
+        initialise(router, 0)
+        picks, _ = router(torch.randn(3, 7, WIDTH), torch.zeros(3, WIDTH))
+        lengths = picks.lengths
+        lengths = torch.full((21,), lengths) if isinstance(lengths, int) else lengths
+        assert picks.tokens.tolist() == torch.arange(21).repeat_interleave(lengths).tolist()
+        assert len(picks.experts) == len(picks.weights) == lengths.sum()
+
+
+def test_time_changes_which_tokens_an_expert_chooses() -> None:
+    router = Router(WIDTH, RAW)
+    initialise(router, 0)
+    x, time = torch.randn(1, 64, WIDTH), torch.randn(1, WIDTH)
+    before, _ = router(x, time)
+    with torch.no_grad():
+        router.time.normal_()
+    after, _ = router(x, time)
+    assert before.tokens.tolist() != after.tokens.tolist()
+
+
+@pytest.mark.parametrize("cfg", [OURS, CHOOSING])
+def test_a_choice_comes_from_one_top_k(cfg: MoEConfig) -> None:
+    # remat saves the outputs of this operator, so that nothing is chosen twice
+    router = Router(WIDTH, cfg)
+    initialise(router, 0)
+    with torch.profiler.profile() as seen:
+        router(torch.randn(2, 9, WIDTH), torch.zeros(2, WIDTH))
+    assert [event.name for event in seen.events()].count("aten::topk") == 1
+
+
+@pytest.mark.parametrize("loss", ["aux_batch", "aux_image"])
+def test_balancing_losses_are_refused_where_experts_choose(loss: str) -> None:
+    with pytest.raises(ValueError, match="even by construction"):
+        MoEConfig(balance="expert_choice", **{loss: 0.01})
+
+
+def test_layers_of_different_image_sizes_weigh_alike_in_the_losses() -> None:
+    router = Router(WIDTH, OURS)
+    initialise(router, 0)
+    few, many = (router(torch.randn(2, n, WIDTH), torch.zeros(2, WIDTH))[1] for n in (4, 16))
+    for name in ("aux_batch", "aux_image", "z_loss"):
+        cfg = OURS.model_copy(update={name: 0.5})
+
+        def loss(*routings: Routing, cfg: MoEConfig = cfg) -> Tensor:
+            return auxiliary_loss(cfg, routings, global_batch=2, everywhere=lambda counts: counts)
+
+        torch.testing.assert_close(loss(few, many), loss(few) + loss(many))
+        torch.testing.assert_close(loss(many, few), loss(few) + loss(many))

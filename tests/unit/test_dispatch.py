@@ -1,0 +1,239 @@
+"""The way of tokens to experts and back, on 1, 2 and 4 ranks, against a loop in float64."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from parallel import launch
+from parallel.dispatch import Dispatcher, Exact, Static
+from parallel.experts import Picks, grouped_mm
+from parallel.mesh import Degrees, Mesh
+from tests import ranks
+
+TOKENS, WIDTH, HIDDEN, EXPERTS = 64, 8, 12, 8
+LAYOUTS = {
+    1: [Degrees()],
+    2: [Degrees(dp_shard=2, ep=2), Degrees(tp=2, ep=2), Degrees(tp=2)],
+    4: [
+        Degrees(dp_shard=4, ep=4),
+        Degrees(dp_shard=4, ep=2),
+        Degrees(dp_shard=2, tp=2, ep=2),
+        Degrees(dp_shard=2, tp=2, ep=4),
+        Degrees(dp_shard=2, tp=2),
+    ],
+}
+
+
+@dataclass
+class Values:
+    """The leaves of one layer, and what comes out and back."""
+
+    x: Tensor  # (T, D)
+    weights: Tensor  # (P,)
+    gate: Tensor  # (E, H, D)
+    up: Tensor
+    down: Tensor  # (E, D, H)
+    out: Tensor | None = None
+    dropped: Tensor | None = None
+
+    def leaves(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in ("x", "weights", "gate", "up", "down")}
+
+
+def draw(num_picks: int) -> tuple[Values, Tensor]:
+    """Leaves in float64, and the gradient of the output."""
+    generator = torch.Generator().manual_seed(7)
+    shapes = [
+        (TOKENS, WIDTH),
+        (num_picks,),
+        (EXPERTS, HIDDEN, WIDTH),
+        (EXPERTS, HIDDEN, WIDTH),
+        (EXPERTS, WIDTH, HIDDEN),
+        (TOKENS, WIDTH),
+    ]
+    *leaves, grad = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+    return Values(*leaves), grad
+
+
+def routing(case: str) -> list[list[int]]:
+    """The experts of each token."""
+    generator = torch.Generator().manual_seed(3)
+    scores = torch.rand(TOKENS, EXPERTS, generator=generator)
+    if case == "one":
+        return [[5]] * TOKENS
+    if case == "varied":  # many for the first, none for the middle; expert 2 gets nothing
+        wanted = scores[: TOKENS // 2] > torch.linspace(0, 1.5, TOKENS // 2)[:, None]
+        wanted[:, 2] = False
+        half = [row.nonzero().flatten().tolist() for row in wanted]
+        return half + half[::-1]
+    if case == "crowded":  # most want experts 0 to 2
+        scores[:, :3] += 0.6
+    return scores.topk(2).indices.tolist()
+
+
+def picks_of(chosen: list[list[int]], weights: Tensor, *, varied: bool) -> Picks:
+    experts = torch.tensor([e for row in chosen for e in row])
+    tokens = torch.tensor([t for t, row in enumerate(chosen) for _ in row])
+    lengths = torch.tensor([len(row) for row in chosen])
+    return Picks(experts, weights, tokens, lengths if varied else len(chosen[0]))
+
+
+def loop(values: Values, chosen: list[list[int]], grad: Tensor, lost: set[int]) -> Values:
+    """Every pick by itself; those in `lost`, by their number, are left out."""
+    v = Values(*(leaf.clone().requires_grad_() for leaf in values.leaves().values()))
+    out, pick = [], 0
+    for token, row in zip(v.x, chosen, strict=True):
+        y = token * 3  # beside
+        for e in row:
+            if pick not in lost:
+                hidden = F.silu(v.gate[e] @ token) * (v.up[e] @ token)
+                y = y + v.weights[pick] * (v.down[e] @ hidden)
+            pick += 1
+        out.append(y)
+    v.out = torch.stack(out)
+    v.out.backward(grad)
+    return v
+
+
+def through(
+    make: Callable[[], Dispatcher], values: Values, picks: Picks, grad: Tensor, fault: float
+) -> Values:
+    """The same by a dispatcher, in float32. values: what this rank holds."""
+    v = Values(*(leaf.float().requires_grad_() for leaf in values.leaves().values()))
+
+    def experts(rows: Tensor, counts: Tensor) -> Tensor:
+        hidden = F.silu(grouped_mm(rows, v.gate, counts)) * grouped_mm(rows, v.up, counts)
+        return fault * grouped_mm(hidden, v.down, counts)
+
+    out, side, dropped = make()(v.x, picks._replace(weights=v.weights), experts, lambda: v.x * 3)
+    assert side is not None
+    v.out = out + side
+    v.out.backward(grad.float())
+    v.dropped = dropped
+    return v
+
+
+def lost_picks(chosen: list[list[int]], senders: int, ep: int, room: int) -> set[int]:
+    """The picks that do not fit, counted by hand."""
+    lost, first, local = set(), 0, EXPERTS // ep
+    for sender in range(senders):
+        rows = chosen[sender * TOKENS // senders : (sender + 1) * TOKENS // senders]
+        flat = [e for row in rows for e in row]
+        for rank in range(ep):
+            of = [[p for p, e in enumerate(flat) if e == rank * local + j] for j in range(local)]
+            total, seen, end = sum(map(len, of)), 0, 0
+            for numbers in of:
+                seen += len(numbers)
+                fit = seen * min(total, room) // max(total, 1) - end
+                end += fit
+                lost |= {first + p for p in numbers[fit:]}
+            assert end == min(total, room)
+        first += len(flat)
+    return lost
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    if not want.any():
+        return float(got.abs().max()) if got.numel() else 0.0
+    return float((got.detach().double() - want).norm() / want.norm())
+
+
+def errors(got: Values, want: Values, tokens: slice, picks: slice, experts: slice) -> list[float]:
+    """‖a−b‖/‖b‖ of the output, of the gradients of x and the weights, and of each expert's."""
+    assert got.out is not None
+    assert want.out is not None
+    found = [
+        error(got.out, want.out[tokens]),
+        error(got.x.grad, want.x.grad[tokens]),
+        error(got.weights.grad, want.weights.grad[picks]),
+    ]
+    for name in ("gate", "up", "down"):
+        pairs = zip(getattr(got, name).grad, getattr(want, name).grad[experts], strict=True)
+        found += [error(a, b) for a, b in pairs]
+    return found
+
+
+def run_case(mesh: Mesh, case: str, make: str, capacity: float, fault: float = 1.0) -> None:
+    """One case on this rank; everything equals the loop, unless there is a fault."""
+    ep, data = mesh.ep, mesh.data
+    chosen = routing(case)
+    starts = [0]
+    for row in chosen:
+        starts.append(starts[-1] + len(row))
+    whole, grad = draw(starts[-1])
+    share = TOKENS // data.size
+    tokens = slice(data.rank * share, (data.rank + 1) * share)
+    numbers = slice(starts[tokens.start], starts[tokens.stop])
+    local = EXPERTS // ep.size
+    mine = slice(ep.rank * local, (ep.rank + 1) * local)
+    held = Values(
+        whole.x[tokens], whole.weights[numbers], whole.gate[mine], whole.up[mine], whole.down[mine]
+    )
+    picks = picks_of(chosen[tokens], held.weights, varied=case == "varied")
+    static = Static(EXPERTS, capacity, ep, mesh.tp)
+    lost: set[int] = set()
+    if make == "static" and ep.size > 1:
+        senders = data.size * mesh.tp.size
+        lost = lost_picks(chosen, senders, ep.size, static.room(starts[-1] // senders))
+    got = through(
+        lambda: static if make == "static" else Exact(EXPERTS, ep, mesh.tp),
+        held,
+        picks,
+        grad[tokens],
+        fault if ep.rank == ep.size - 1 else 1.0,
+    )
+    for name in ("gate", "up", "down"):
+        dist.all_reduce(getattr(got, name).grad, group=mesh.experts.get_group())
+    assert got.dropped.item() == len(lost & set(range(numbers.start, numbers.stop))), (case, make)
+    want = loop(whole, chosen, grad, lost)
+    worst = max(errors(got, want, tokens, numbers, mine))
+    everywhere = torch.tensor(worst)
+    dist.all_reduce(everywhere, dist.ReduceOp.MAX)
+    where = f"{mesh.sizes} {case} {make} {capacity} fault {fault}: {everywhere.item():.1e}"
+    assert (everywhere <= 1e-6) if fault == 1 else (everywhere > 1e-2), where
+
+
+def only_exact_waits(mesh: Mesh) -> None:
+    """On tensors without values nothing can be read; what is recorded is the whole way."""
+    for case in ("ordinary", "varied"):
+        chosen = routing(case)
+        values, grad = draw(sum(map(len, chosen)))
+        picks = picks_of(chosen, values.weights, varied=case == "varied")
+        mode = FakeTensorMode(allow_non_fake_inputs=False)
+        leaves = {name: mode.from_tensor(leaf) for name, leaf in values.leaves().items()}
+        leaves |= {n: leaves[n][: EXPERTS // mesh.ep.size] for n in ("gate", "up", "down")}
+        blank = [v if isinstance(v, int) else mode.from_tensor(v) for v in picks]
+        with mode:
+            args = Values(**leaves), Picks(*blank), mode.from_tensor(grad), 1.0
+            through(lambda: Static(EXPERTS, 2.0, mesh.ep, mesh.tp), *args)
+            with pytest.raises(DataDependentOutputException):
+                through(lambda: Exact(EXPERTS, mesh.ep, mesh.tp), *args)
+
+
+def cases_on(world: int) -> None:
+    launch.join(launch.Place.here(), threads=1, timeout=timedelta(seconds=60))
+    for sizes in LAYOUTS[world]:
+        mesh = Mesh(sizes, "cpu")
+        for case in ("ordinary", "one", "varied", "crowded"):
+            run_case(mesh, case, "exact", 1.0)
+        for case in ("ordinary", "one", "varied", "crowded"):
+            if case != "varied" or sizes.data <= 2:  # its halves, not its quarters, are even
+                run_case(mesh, case, "static", 1e9)
+                run_case(mesh, case, "static", 1.0)
+        run_case(mesh, "ordinary", "exact", 1.0, fault=2.0)
+        run_case(mesh, "ordinary", "static", 2.0, fault=2.0)
+        if sizes.ep > 1:
+            only_exact_waits(mesh)
+    launch.leave()
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_every_expert_gets_the_gradients_of_a_loop(world: int) -> None:
+    ranks.run(cases_on, world, world)
