@@ -38,6 +38,8 @@ class Dispatcher(Protocol):
 
     x: (T, D) and picks are whole and equal on the ranks of the tensor axis; T is a multiple of its
     size. Each of these ranks sends its own slice of tokens, so that no expert computes twice.
+    experts: those of this rank, on rows in order of expert and how many each has, as `grouped_mm`
+    takes them; with one count more, the last rows must come out as zeros.
     """
 
     def __call__(
@@ -77,7 +79,7 @@ class Static:
     """Each rank takes at most `capacity` times its even share of a rank's picks; none waits.
 
     Over that, each expert of the rank loses in proportion, its last picks in order of token. What
-    is dropped depends on the layout.
+    is dropped depends on the layout. All ranks must come with the same number of picks.
     """
 
     num_experts: int  # of all ranks together
@@ -96,7 +98,7 @@ class Static:
             out, side = _here(x, picks, order, experts, beside)
         else:
             counts = order.counts[: self.num_experts].view(self.ep.size, -1)
-            room = self.room(expected)
+            room = self.room(expected, picks.experts.numel())
             kept = _fit(counts, room)
             dropped = reduce((counts.sum() - kept.sum()).float(), self.tp)
             mine = F.pad(kept, (0, 1))  # (ep, E_local + 1): the last are nobody's rows
@@ -107,9 +109,9 @@ class Static:
             out, side = _there(x, picks, order, come, way, experts, beside)
         return Dispatched(gather(out, self.tp, 0), side, dropped)
 
-    def room(self, picks: int) -> int:
-        """Rows of the buffer to one rank, of a rank that sends about `picks`."""
-        rows = math.ceil(min(self.capacity, self.ep.size) * picks / self.ep.size)
+    def room(self, expected: int, most: int) -> int:
+        """Rows of the buffer to one rank, of a rank that sends about `expected` and at `most`."""
+        rows = min(math.ceil(self.capacity * expected / self.ep.size), most)
         return math.ceil(rows / _ROUND) * _ROUND
 
 

@@ -69,11 +69,13 @@ def combine(rows: Tensor, picks: Picks, order: Order) -> Tensor:
     weights = picks.weights
     if order.kept is not None:
         weights = torch.where(order.kept, weights, 0.0)
-    picked = take(rows, order.back, order.forth, order.real)
-    picked = picked * weights.unsqueeze(-1).to(rows.dtype)  # (P, D)
+    weights = weights.unsqueeze(-1).to(rows.dtype)
+    picked = take(rows, order.back, order.forth, order.real)  # (P, D)
     if isinstance(picks.lengths, int):
-        return _sum(picked, picks.lengths)
-    return _Sum.apply(picked, picks.tokens, picks.lengths)
+        # perf: cut by token before the product; after it, the gradient would be copied out to P rows.
+        by_token = (-1, picks.lengths)
+        return (picked.unflatten(0, by_token) * weights.unflatten(0, by_token)).sum(1)
+    return _Sum.apply(picked * weights, picks.tokens, picks.lengths)
 
 
 def take(rows: Tensor, index: Tensor, inverse: Tensor, taken: Tensor | None = None) -> Tensor:

@@ -61,8 +61,8 @@ def shard(
     common["reshard_after_forward"] = reshard_after_forward
     experts = {p for module in parts.experts for p in module.parameters()}
     apart = mesh.experts is not mesh.shard
-    groups = _groups(parts.units, unit_bytes, COMPUTE[precision].itemsize)
-    for group in groups:
+    together = groups(parts.units, unit_bytes, COMPUTE[precision].itemsize)
+    for group in together:
         if apart:
             inside = {module for unit in group for module in unit.modules()}
             own = [module for module in parts.experts if module in inside]
@@ -71,7 +71,7 @@ def shard(
                 fully_shard(own, mesh=mesh.experts, shard_placement_fn=cut, **common)
         cut = _expert_cut(experts, mesh.shard.size())
         fully_shard(group, mesh=mesh.shard, shard_placement_fn=cut, **common)
-    for group, after in zip(groups, groups[1:], strict=False):
+    for group, after in zip(together, together[1:], strict=False):
         _fsdp(group[0]).set_modules_to_forward_prefetch([_fsdp(after[0])])
     fully_shard(model, mesh=mesh.shard, **(common | {"reshard_after_forward": False}))
     for module in sharded_modules(model):
@@ -83,17 +83,17 @@ def shard(
     return model
 
 
-def _groups(units: Sequence[nn.Module], least: int, itemsize: int) -> list[list[nn.Module]]:
+def groups(units: Sequence[nn.Module], least: int, itemsize: int) -> list[list[nn.Module]]:
     """Neighbours together until they have `least` bytes to gather."""
-    groups: list[list[nn.Module]] = []
+    found: list[list[nn.Module]] = []
     held = least
     for unit in units:
         if held >= least:
-            groups.append([])
+            found.append([])
             held = 0
-        groups[-1].append(unit)
+        found[-1].append(unit)
         held += sum(local(p).numel() for p in unit.parameters()) * itemsize
-    return groups
+    return found
 
 
 def _expert_cut(experts: set[nn.Parameter], ranks: int) -> Callable[[nn.Parameter], Shard | None]:
@@ -154,9 +154,7 @@ class FSDP:
             module.unshard()  # dist: once, at the start
             module.reshard()
         self._shards = {name: local(p).view(-1) for name, p in model.named_parameters()}
-        self.pieces: Mapping[str, Piece] = {
-            name: _piece(p, self._shards[name], mesh) for name, p in model.named_parameters()
-        }
+        self.pieces: Mapping[str, Piece] = pieces(model, mesh)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         _fsdp(self.model).set_requires_gradient_sync(last)
@@ -225,6 +223,11 @@ class FSDP:
                 names, held = [], 0
         if names:
             yield names
+
+
+def pieces(model: nn.Module, mesh: Mesh) -> dict[str, Piece]:
+    """What this rank owns of every parameter of a sharded model, by name; on meta too."""
+    return {name: _piece(p, local(p).view(-1), mesh) for name, p in model.named_parameters()}
 
 
 def _piece(parameter: Tensor, shard: Tensor, mesh: Mesh) -> Piece:

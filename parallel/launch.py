@@ -163,8 +163,7 @@ def guarded(expected: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     except BaseException as error:  # why: the error of a failed checkpoint is no Exception
         if _watch is None:
             raise
-        _watch.fail(error)
-        raise SystemExit(1) from None
+        raise SystemExit(_watch.fail(error)) from None
 
 
 def joined() -> bool:

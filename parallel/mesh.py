@@ -54,6 +54,10 @@ class Degrees:
     def world(self) -> int:
         return self.dp_replicate * self.inner
 
+    def data_rank(self, rank: int) -> int:
+        """Which share of the global batch a rank reads; those of one tp group read the same."""
+        return rank // (self.sp * self.tp)
+
     @property
     def edp(self) -> int:
         """Ranks of one replica that hold the same experts."""
@@ -139,9 +143,8 @@ class Mesh:
         return Axis(one.get_local_rank(), one.size(), one.get_group(), one, self.ordered)
 
     def _data(self) -> Axis:
-        """The ranks that read different slots; those of one tp group read the same."""
-        sizes = self.sizes
-        rank = self.rank // (sizes.sp * sizes.tp)
+        """The ranks that read different slots."""
+        sizes, rank = self.sizes, self.sizes.data_rank(self.rank)
         if sizes.data == 1:
             return ALONE
         if sizes.tp == 1:

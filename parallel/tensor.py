@@ -242,25 +242,29 @@ def cut_box(shape: tuple[int, ...], dim: int, axis: Axis) -> Box:
     return Box(shape, offset, tuple(size if d == dim else n for d, n in enumerate(shape)))
 
 
-def check(model: nn.Module, size: int) -> None:
-    """Raises LayoutError if an axis of `size` does not cut evenly what the plans want cut."""
-    names = {id(module): path for path, module in model.named_modules()}
+def cuts(model: nn.Module) -> dict[int, int]:
+    """The dim on which each cut parameter of a whole model is cut, by the parameter's id."""
+    found = {}
     for owner, name, role in _planned(model):
         whole = getattr(owner, name)
-        path = f"{names[id(owner)]}.{name}"
         if isinstance(whole, nn.Parameter):
-            _check_dim(path, whole, 0, size)
+            found[id(whole)] = 0
             continue
+        dims = {"weight": 1} if role == "row" else getattr(whole, "cuts", {})
         for own, parameter in whole._parameters.items():
-            cuts = {"weight": 1} if role == "row" else getattr(whole, "cuts", {})
-            if parameter is not None and own in cuts:
-                _check_dim(f"{path}.{own}", parameter, cuts[own], size)
+            if parameter is not None and own in dims:
+                found[id(parameter)] = dims[own]
+    return found
 
 
-def _check_dim(path: str, parameter: Tensor, dim: int, size: int) -> None:
-    length = parameter.shape[dim]
-    if length % size:
-        good = max(d for d in range(1, size) if length % d == 0)
+def check(model: nn.Module, size: int) -> None:
+    """Raises LayoutError if an axis of `size` does not cut evenly what the plans want cut."""
+    dims = cuts(model)
+    for path, parameter in model.named_parameters():
+        dim = dims.get(id(parameter))
+        if dim is None or parameter.shape[dim] % size == 0:
+            continue
+        good = max(d for d in range(1, size) if parameter.shape[dim] % d == 0)
         raise LayoutError(
             f"mesh.tp={size} does not divide dim {dim} of {path}, which has shape "
             f"{tuple(parameter.shape)}; set mesh.tp={good}, or change the model's sizes"

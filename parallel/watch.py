@@ -39,10 +39,6 @@ class Board(Protocol):
         """True for the first rank that asks, False for all others."""
         ...
 
-    def renew(self) -> None:
-        """After an error: connect again."""
-        ...
-
 
 class FolderBoard:
     """A board for the ranks of one machine."""
@@ -67,9 +63,6 @@ class FolderBoard:
             return False
         return True
 
-    def renew(self) -> None:
-        """Nothing: a folder needs no connection."""
-
 
 class StoreBoard:
     """A board in the store that the ranks met in, over a connection of its own."""
@@ -85,9 +78,6 @@ class StoreBoard:
 
     def claim(self, name: str) -> bool:
         return self._store.add(name, 1) == 1
-
-    def renew(self) -> None:
-        self._store = self._store.clone()  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -131,8 +121,8 @@ class Watch:
             return True
         return first
 
-    def fail(self, error: BaseException) -> None:
-        """Says why this rank ends, and lets all others end. The caller exits with 1."""
+    def fail(self, error: BaseException) -> int:
+        """Says why this rank ends, and lets all others end; returns the exit code."""
         # why: whatever stands in the way of the words or of the exit, the process ends.
         faulthandler.dump_traceback_later(LIMIT, exit=True)
         place, _ = place_of(reversed(list(traceback.walk_tb(error.__traceback__))))
@@ -140,8 +130,8 @@ class Watch:
         self._place, self._speaking = place, True
         try:
             if is_consequence(error):
-                self._ask(place, summary)
-            elif self._board.claim("cause"):
+                return self._ask(place, summary)
+            if self._board.claim("cause"):
                 text = "".join(traceback.format_exception(error))
                 say("".join(f"[rank {self._rank}] {line}\n" for line in text.splitlines()))
                 words = f"rank {self._rank} failed at {place}: {summary}"
@@ -150,16 +140,17 @@ class Watch:
                 say(f"rank {self._rank} failed too, at {place}: {summary}\n")
         except (dist.DistError, OSError):
             say(f"rank {self._rank} ended at {place}: {summary}; {_lost()}\n")
+        return 1
 
-    def _ask(self, place: str, summary: str) -> None:
-        """A collective broke: finds out because of whom."""
+    def _ask(self, place: str, summary: str) -> int:
+        """A collective broke: finds out because of whom, says it, returns the exit code."""
         verdict = self._verdict()
         if verdict is None and self._board.claim("question"):
             verdict = self._inspect(place)
             if self._verdict() is None:
                 say(f"rank {self._rank} ended at {place}: {summary}\n{verdict.text}\n")
                 self._post(verdict)
-                return
+                return 1
         end = time.monotonic() + 2 * PATIENCE
         while verdict is None and time.monotonic() < end:
             time.sleep(TICK / 5)
@@ -168,6 +159,7 @@ class Watch:
             say(f"rank {self._rank} ended at {place}: {summary}\n")
         elif verdict.code == 1:
             say(f"rank {self._rank} ended because {verdict.text}\n")
+        return 1 if verdict is None else verdict.code
 
     def _inspect(self, place: str) -> Verdict:
         """Which rank is silent, or stands elsewhere; a verdict that comes meanwhile wins."""
@@ -211,22 +203,23 @@ class Watch:
         self._board.post("verdict", json.dumps(asdict(verdict)))
 
     def _loop(self) -> None:
-        beats, misses = 0, 0
+        beat = 0
         while not self._over.wait(TICK):
+            place, waits = self._place, True
+            if place is None:
+                place, waits = place_of(traceback.walk_stack(self._frame()))
             try:
-                if misses:
-                    self._board.renew()
-                place, waits = self._place, True
-                if place is None:
-                    place, waits = place_of(traceback.walk_stack(self._frame()))
-                self._board.post(f"beat{self._rank}", json.dumps([beats, place, waits]))
+                self._board.post(f"beat{self._rank}", json.dumps([beat, place, waits]))
                 verdict = self._verdict()
-                beats, misses = beats + 1, 0
-            except (dist.DistError, OSError):
-                misses += 1
-                if not self._leaving and not self._speaking and misses * TICK > PATIENCE:
-                    self._end(Verdict(_lost(), 1, ()))
-                continue
+            except OSError:
+                continue  # why: a full disk stops the words of a failure, not the run
+            except dist.DistError:
+                # why: the main thread may have seen it too, and speaks with its own error.
+                if not self._over.wait(TICK) and not self._leaving and not self._speaking:
+                    say(f"rank {self._rank} ended at {place}: {_lost()}\n")
+                    os._exit(1)
+                return
+            beat += 1
             if verdict is not None and not self._speaking:
                 self._end(verdict)
             if not self._speaking and self._broken():

@@ -25,6 +25,7 @@ from pydantic import (
 from data_pipeline.loader import LoaderConfig
 from parallel.mesh import Degrees, MeshConfig
 from parallel.precision import Precision
+from parallel.remat import RematConfig
 from pretrain.checkpoint import CheckpointConfig
 from pretrain.ema import EMAConfig
 from pretrain.metrics import LogConfig
@@ -47,7 +48,7 @@ class Config(BaseModel):
     model: ModelConfig
     objective: ObjectiveConfig
     data: LoaderConfig
-    steps: PositiveInt  # optimizer updates
+    steps: NonNegativeInt  # optimizer updates; 0 only writes what a run starts from
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig
     ema: EMAConfig = EMAConfig()
@@ -57,6 +58,8 @@ class Config(BaseModel):
     sample: PreviewConfig = PreviewConfig()
     engine: Literal["fsdp2"] = "fsdp2"
     precision: Precision = "fp32"
+    remat: RematConfig = RematConfig()
+    compile: bool = False  # blocks through torch.compile
     parametrisation: Literal["standard"] = "standard"
     run_dir: str  # default: runs/NAME of the YAML file
     seed: NonNegativeInt = 0

@@ -46,7 +46,7 @@ class Metrics:
     grad_norm: Tensor  # (), before clipping
     skipped: Tensor  # (), 1.0 if the update was left out
     load: Tensor  # (L, T, E) expert picks per layer and timestep bin; L = 0 without experts
-    dropped: Tensor  # (), picks left out because a buffer of the static dispatcher was full
+    dropped: Tensor  # (), picks lost to full buffers of the static dispatcher since the start
     lr: float
 
 
@@ -72,6 +72,7 @@ class Engine:
         self._cfg = cfg
         self._layers = moe_layers(state.model)
         self._device = state.backend.device
+        self._dropped = torch.zeros((), dtype=torch.float64, device=self._device)
         self._pending: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
         self.stop = False  # all ranks have agreed to stop
 
@@ -108,7 +109,8 @@ class Engine:
             biases = [layer.router.bias for layer in self._layers]
             balance.update_biases(biases, load.sum(dim=1), cfg.moe.bias_rate, skip)
         self._report(torch.stack([stop, skip.double()]))
-        return Metrics(loss, norm, skip.double(), load, dropped, lr)
+        self._dropped = self._dropped + dropped
+        return Metrics(loss, norm, skip.double(), load, self._dropped, lr)
 
     def settle(self, *, everything: bool = False) -> bool:
         """Takes note of what past steps decided; whether any of them agreed to stop.

@@ -23,6 +23,7 @@ class Meter:
         self._global_batch = global_batch
         self._flops = flops_per_image
         self._peak = _peak() * world
+        self._dropped = 0.0  # picks, up to the last record
         self._begin, self._steps, self._waited = time.perf_counter(), 0, 0.0
 
     def waiting(self, batches: Iterable[T]) -> Iterator[T]:
@@ -59,7 +60,9 @@ class Meter:
             "skipped": state.skipped,
         }
         if metrics.load.numel():
-            values |= moe_load(metrics.load)
+            dropped = float(metrics.dropped)
+            values |= moe_load(metrics.load) | {"moe.dropped": dropped - self._dropped}
+            self._dropped = dropped
         self._begin, self._steps, self._waited = now, 0, 0.0
         return values
 

@@ -11,6 +11,7 @@ from parallel.backend import Backend
 from parallel.dispatch import Dispatcher, Exact, Static
 from parallel.mesh import Mesh, MeshConfig
 from parallel.precision import COMPUTE, Precision
+from parallel.remat import RematConfig, apply, compile_units
 from pretrain.models.build import Model, ModelConfig, build
 from pretrain.models.init import initialise
 from pretrain.models.moe import MoEConfig, moe_layers
@@ -20,24 +21,31 @@ def parallelize(
     cfg: ModelConfig,
     layout: MeshConfig,
     mesh: Mesh,
+    remat: RematConfig,
     precision: Precision,
     *,
+    compiled: bool = False,
     seed: int,
     device: torch.device,
 ) -> Backend:
     """The model of `cfg`, cut over `mesh` and initialised from `seed`."""
-    model = sharded(cfg, layout, mesh, precision)
+    model = sharded(cfg, layout, mesh, remat, precision)
+    if compiled:
+        compile_units(model.units())
     fsdp.materialise(model, device, offload=layout.offload)
     initialise(model, seed, cfg.zero_init_std)
     return fsdp.FSDP(model.train(), mesh, device)
 
 
-def sharded(cfg: ModelConfig, layout: MeshConfig, mesh: Mesh, precision: Precision) -> nn.Module:
+def sharded(
+    cfg: ModelConfig, layout: MeshConfig, mesh: Mesh, remat: RematConfig, precision: Precision
+) -> nn.Module:
     """The model on meta, cut as FSDP2 holds it; nothing is allocated."""
     with torch.device("meta"):
         model = build(cfg)
     model.dtype = COMPUTE[precision]
     cut(model, mesh, tensor.DTENSOR)
+    apply(model.units(), remat)
     parts = fsdp.Parts(model.units(), model.routers(), [e.experts for e in moe_layers(model)])
     return fsdp.shard(
         model,

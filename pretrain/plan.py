@@ -1,72 +1,53 @@
 """What a model costs, counted from the model itself before anything is allocated.
 
-The model is built on meta and run once: parameters are those it has, MACs those of the operators it
-calls (attention included), activations those autograd keeps. Not here: seconds, and where the
-layout comes from.
+Parameters are those the model on meta has, MACs and activations those `counting` finds, shares of a
+rank the arithmetic of the cuts. Not here: seconds, and where the layout comes from.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
-import torch
-from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
+from parallel import fsdp, tensor
 from parallel.errors import LayoutError
-from pretrain.models.build import Model, ModelConfig, build_form
+from parallel.mesh import Degrees
+from parallel.precision import COMPUTE, Precision
+from parallel.remat import RematConfig
+from pretrain.counting import Cost, counted
+from pretrain.models.build import Model, ModelConfig
 from pretrain.models.layers import Block, PositionTable
-from pretrain.models.moe import Experts, MoEConfig, moe_layers
-from pretrain.models.rep import Form
+from pretrain.models.moe import MoEConfig, moe_layers
 from pretrain.models.udit import UDiTConfig
 
 MIN_TOKENS = 8192  # per expert and step, below which experts see too little
 MIN_ROWS = 512  # per local expert and micro-batch, below which its matrix products are too thin
 _MASTER = 4  # bytes of a master weight, a gradient, a moment, an EMA value: all float32
 _PASSES = 4  # of the all-to-all: dispatch and combine, forward and backward
-_BYTES = {"fp32": 4, "bf16": 2}
 
 ACTIVATIONS = (
-    "what autograd keeps of one micro-batch, counted on meta for one image times micro_batch: "
-    "eager, no recomputation, no workspace of kernels or collectives"
+    "what autograd keeps of one micro-batch at its peak, counted on meta for one image times "
+    "micro_batch: eager, remat as configured, flash attention, tensor parallelism not subtracted, no "
+    "workspace of kernels or collectives"
 )
 
 
-class Layout(BaseModel):
+@dataclass(frozen=True)
+class Layout:
     """The degrees and sizes that decide what one rank holds."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
-
-    dp_replicate: PositiveInt = 1  # ranks that hold the same shard
-    dp_shard: PositiveInt = 1  # ranks that share one copy
-    tp: PositiveInt = 1  # tensor-parallel ranks
-    ep: PositiveInt = 1  # expert-parallel ranks, folded over dp_shard·tp
-    precision: Literal["fp32", "bf16"] = "fp32"  # of gathered weights and activations
-    micro_batch: PositiveInt = 1  # images a rank and micro-batch
-    accum: PositiveInt = 1  # micro-batches a step
+    sizes: Degrees = Degrees()
+    precision: Precision = "fp32"  # of gathered weights and activations
+    micro_batch: int = 1  # images a rank and micro-batch
+    accum: int = 1  # micro-batches a step
     reshard_after_forward: bool = True  # free gathered weights between forward and backward
-
-    @property
-    def data(self) -> int:
-        """Ranks that read different images."""
-        return self.dp_replicate * self.dp_shard
-
-    @property
-    def world(self) -> int:
-        return self.data * self.tp
-
-    @property
-    def edp(self) -> int:
-        """Ranks of one replica that hold the same experts."""
-        return self.dp_shard * self.tp // self.ep
+    unit_bytes: int = 0  # neighbouring blocks below this together are gathered as one
+    remat: RematConfig = RematConfig()
 
     @property
     def global_batch(self) -> int:
-        return self.micro_batch * self.data * self.accum
+        return self.micro_batch * self.sizes.data * self.accum
 
 
 @dataclass(frozen=True)
@@ -119,11 +100,11 @@ def plan(cfg: ModelConfig, layout: Layout) -> Plan:
     """Count a model on a layout. Raises LayoutError when ep does not fit the world or experts."""
     moe: MoEConfig | None = getattr(cfg, "moe", None)
     _check(layout, moe)
-    model, executed = _counted("trained", cfg, layout.precision)
+    model, executed = counted("trained", cfg, layout.precision)
     cost = merged = executed
     if isinstance(cfg, UDiTConfig):
-        _, cost = _counted("published", cfg, layout.precision)
-        _, merged = _counted("merged", cfg, layout.precision)
+        _, cost = counted("published", cfg, layout.precision)
+        _, merged = counted("merged", cfg, layout.precision)
     total = sum(p.numel() for p in model.parameters())
     idle = sum(
         p.numel() * (layer.cfg.experts - layer.cfg.top_k) // layer.cfg.experts
@@ -154,164 +135,110 @@ def flops_per_image(cfg: ModelConfig) -> int:
     Not above `Plan.flops_train_per_image`: U-DiT's parallel depthwise kernels are applied as one,
     which saves 0.2 (L) to 0.7 % (S) of the published graph.
     """
-    _, cost = _counted("trained", cfg, "fp32")
+    _, cost = counted("trained", cfg, "fp32")
     return 6 * cost.macs
 
 
 def _check(layout: Layout, moe: MoEConfig | None) -> None:
-    ranks = layout.dp_shard * layout.tp
-    if ranks % layout.ep:
+    if moe is not None and moe.experts % layout.sizes.ep:
         raise LayoutError(
-            f"ep={layout.ep} must divide dp_shard·tp={ranks}; lower ep, or raise dp_shard"
-        )
-    if moe is not None and moe.experts % layout.ep:
-        raise LayoutError(
-            f"ep={layout.ep} must divide moe.experts={moe.experts}; change one of the two"
+            f"ep={layout.sizes.ep} must divide moe.experts={moe.experts}; change one of the two"
         )
 
 
-@dataclass
-class _Unit:
-    """One run of a block, or of everything around the blocks."""
-
-    macs: int = 0
-    saved: int = 0  # bytes autograd keeps
-    tokens: int = 0
-    width: int = 0
-
-
-@dataclass
-class _Cost:
-    """Of one image."""
-
-    units: dict[str, _Unit] = field(default_factory=dict)  # by name of the block, in order
-    rest: _Unit = field(default_factory=_Unit)
-
-    @property
-    def macs(self) -> int:
-        return self.rest.macs + sum(unit.macs for unit in self.units.values())
-
-    @property
-    def saved(self) -> int:
-        return self.rest.saved + sum(unit.saved for unit in self.units.values())
-
-
-@lru_cache(maxsize=8)
-def _counted(form: Form, cfg: ModelConfig, precision: str) -> tuple[Model, _Cost]:
-    """A model on meta, and what a forward of one image costs."""
-    with torch.device("meta"):
-        model = build_form(cfg, form)
-        if precision == "bf16":
-            model.to(torch.bfloat16)
-            for router in model.routers():
-                router.float()
-        fixed = {_storage(t) for t in (*model.parameters(), *model.buffers())}
-        cost, kinds = _Cost(), {}
-        names = {id(module): name for name, module in model.named_modules()}
-        for block in (m for m in model.modules() if isinstance(m, Block)):
-            entry = cost.units.setdefault(names[id(block)], _Unit())
-            _count_block(block, entry, kinds, fixed)
-        x_t = torch.empty(1, cfg.in_channels, cfg.input_size, cfg.input_size)
-        label = torch.zeros(1, dtype=torch.int64)
-        saved = _Saved(fixed)
-        with FlopCounterMode(display=False) as flops, saved.counting():
-            model(x_t, torch.empty(1), label)
-    ran_inside = sum(entry.macs for entry, _ in kinds.values())
-    cost.rest = _Unit(flops.get_total_flops() // 2 - ran_inside, saved.bytes)
-    return model, cost
-
-
-def _count_block(block: nn.Module, entry: _Unit, kinds: dict[Any, Any], fixed: set[int]) -> None:
-    """Make a block count itself when called; equal blocks are run once and looked up after."""
-    run = block.forward
-    shape = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
-
-    def forward(x: Tensor, *args: Any) -> Any:
-        kind = (shape, tuple(x.shape))
-        if kind not in kinds:
-            saved = _Saved(fixed)
-            with FlopCounterMode(display=False) as flops, saved.counting():
-                out = run(x, *args)
-            macs = flops.get_total_flops() // 2
-            done = _Unit(macs, saved.bytes, math.prod(x.shape[1:-1]), x.shape[-1])
-            kinds[kind] = (done, out)
-        done, out = kinds[kind]
-        vars(entry).update(vars(done))
-        return out
-
-    block.forward = forward  # type: ignore[method-assign]
-
-
-class _Saved:
-    """Bytes that autograd keeps, each storage once, weights and tables not."""
-
-    def __init__(self, fixed: set[int]) -> None:
-        self._fixed = fixed
-        self._kept: dict[int, Tensor] = {}
-
-    def counting(self) -> saved_tensors_hooks:
-        return saved_tensors_hooks(self._pack, lambda tensor: tensor)
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        if _storage(tensor) not in self._fixed:
-            # why: kept alive, so that no later storage gets the same number.
-            self._kept[_storage(tensor)] = tensor
-        return tensor
-
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.untyped_storage().nbytes() for tensor in self._kept.values())
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def _per_rank(model: Model, cost: _Cost, layout: Layout) -> PerRank:
-    experts = _expert_params(model)
-    shard = sum(_shard(p, id(p) in experts, layout) for p in model.parameters())
-    held = [
-        sum(_gathered(p, id(p) in experts, layout) for p in u.parameters()) for u in model.units()
-    ]
-    whole = sum(_gathered(p, id(p) in experts, layout) for p in model.parameters())
+def _per_rank(model: Model, cost: Cost, layout: Layout) -> PerRank:
+    shares = _Shares(model, layout.sizes)
+    weights = {id(p): shares.sharded(p) for p in model.parameters()}
+    own = sum(shares.owned(n) for n in weights.values())
+    shard = sum(weights.values())
+    item = COMPUTE[layout.precision].itemsize
+    whole = sum(shares.gathered(p) for p in model.parameters())
     if layout.reshard_after_forward:
-        # why: FSDP gathers one block ahead, and never frees the root between forward and backward.
-        whole = whole - sum(held) + sum(sorted(held)[-2:])
+        units = [
+            sum(shares.gathered(p) for p in module_parameters(group))
+            for group in fsdp.groups(model.units(), layout.unit_bytes, item)
+        ]
+        # why: FSDP gathers one unit ahead, and never frees the root between forward and backward.
+        whole = whole - sum(units) + sum(sorted(units)[-2:])
     sizes = {
         "weights": shard * _MASTER,
-        "grads": shard * _MASTER,
-        "optimizer": 2 * shard * _MASTER,
-        "ema": shard * _MASTER,
-        "gathered": whole * _BYTES[layout.precision],
-        "activations": cost.saved * layout.micro_batch // layout.tp,
+        # why: replicas reduce into the part they own, beside the gradient of the whole shard.
+        "grads": (shard + (own if layout.sizes.dp_replicate > 1 else 0)) * _MASTER,
+        "optimizer": 2 * own * _MASTER,
+        "ema": own * _MASTER,
+        "gathered": whole * item,
+        "activations": activations(model, cost, layout.remat) * layout.micro_batch,
     }
     return PerRank(**sizes, total=sum(sizes.values()))
 
 
-def _expert_params(model: Model) -> set[int]:
-    return {id(p) for m in model.modules() if isinstance(m, Experts) for p in m.parameters()}
+def module_parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    return [parameter for module in modules for parameter in module.parameters()]
 
 
-def _shard(param: Tensor, expert: bool, layout: Layout) -> int:
-    """Values of a parameter on rank 0: dim 0 cut as FSDP2 cuts it, in chunks of rounded-up size."""
-    rows, size = param.shape[0], param.numel() // param.shape[0]
-    if expert:
-        return math.ceil(rows // layout.ep / (layout.edp * layout.dp_replicate)) * size
-    return math.ceil(math.ceil(rows / layout.data) * size / layout.tp)
+def activations(model: Model, cost: Cost, remat: RematConfig) -> int:
+    """Bytes autograd keeps of one image, at the peak.
+
+    A unit that recomputes keeps what enters it and what is never recomputed; while it is recomputed
+    everything of that one unit stands.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    total, most = cost.rest.saved, 0
+    for index, unit in enumerate(model.units()):
+        blocks = [cost.blocks[names[id(m)]] for m in unit.modules() if isinstance(m, Block)]
+        saved = sum(block.saved for block in blocks)
+        if remat.mode == "none" or (index + 1) % remat.every:
+            total += saved
+            continue
+        kept = blocks[0].entering + sum(block.kept[remat.mode] for block in blocks)
+        total += kept
+        most = max(most, saved - min(saved, kept))
+    return total + most
 
 
-def _gathered(param: Tensor, expert: bool, layout: Layout) -> int:
-    return param.numel() // (layout.ep if expert else layout.tp)
+class _Shares:
+    """How many values of a parameter rank 0 holds: the arithmetic of the cuts, without a mesh."""
+
+    def __init__(self, model: Model, sizes: Degrees) -> None:
+        self._sizes = sizes
+        self._cuts = tensor.cuts(model) if sizes.tp > 1 else {}
+        modules = [layer.experts for layer in moe_layers(model)]
+        self._experts = {id(p) for p in module_parameters(modules)}
+
+    def gathered(self, parameter: Tensor) -> int:
+        """Values that a rank computes with."""
+        return math.prod(self._local(parameter))
+
+    def sharded(self, parameter: Tensor) -> int:
+        """Values after FSDP2's cut: of dim 0 in chunks of rounded-up size, of experts evenly."""
+        local = self._local(parameter)
+        expert = id(parameter) in self._experts
+        ranks = self._sizes.edp if expert else self._sizes.dp_shard
+        if expert and any(size % ranks == 0 for size in local):
+            return math.prod(local) // ranks
+        return math.ceil(local[0] / ranks) * math.prod(local[1:])
+
+    def owned(self, sharded: int) -> int:
+        """Of these, what the first replica owns."""
+        return sharded // self._sizes.dp_replicate
+
+    def _local(self, parameter: Tensor) -> list[int]:
+        local = list(parameter.shape)
+        if id(parameter) in self._experts:
+            local[0] //= self._sizes.ep
+        elif id(parameter) in self._cuts:
+            local[self._cuts[id(parameter)]] //= self._sizes.tp
+        return local
 
 
 def _rows(
-    model: Model, cost: _Cost, merged: _Cost, layout: Layout, moe: MoEConfig | None
+    model: Model, cost: Cost, merged: Cost, layout: Layout, moe: MoEConfig | None
 ) -> Iterator[Row]:
-    names = list(dict.fromkeys(name.split(".")[0] for name in cost.units))
+    names = list(dict.fromkeys(name.split(".")[0] for name in cost.blocks))
     left = sum(p.numel() for p in model.parameters())
     for name in names:
-        units = [unit for key, unit in cost.units.items() if key.split(".")[0] == name]
-        others = [unit for key, unit in merged.units.items() if key.split(".")[0] == name]
+        units = [unit for key, unit in cost.blocks.items() if key.split(".")[0] == name]
+        others = [unit for key, unit in merged.blocks.items() if key.split(".")[0] == name]
         params = sum(p.numel() for p in model.get_submodule(name).parameters())
         left -= params
         layers = len(moe_layers(model.get_submodule(name)))
@@ -327,9 +254,9 @@ def _rows(
             macs=sum(unit.macs for unit in units),
             macs_merged=sum(unit.macs for unit in others),
             moe_layers=layers,
-            all_to_all_bytes=picks * width * _BYTES[layout.precision] * layers * _PASSES,
+            all_to_all_bytes=picks * width * COMPUTE[layout.precision].itemsize * layers * _PASSES,
             tokens_per_expert=share * layout.global_batch,
-            rows_per_expert=share * layout.micro_batch * max(1, layout.ep // layout.tp),
+            rows_per_expert=share * layout.micro_batch * layout.sizes.ep / layout.sizes.tp,
         )
     yield Row("rest", 0, 0, 0, left, cost.rest.macs, merged.rest.macs, 0, 0, 0.0, 0.0)
 
@@ -349,12 +276,5 @@ def _warnings(rows: tuple[Row, ...], layout: Layout, moe: MoEConfig | None) -> I
             yield (
                 f"{row.name}: {row.rows_per_expert:.0f} rows per local expert and micro-batch, "
                 f"fewer than {MIN_ROWS}; raise micro_batch from {layout.micro_batch} "
-                f"or ep from {layout.ep}"
+                f"or ep from {layout.sizes.ep}"
             )
-    owners = layout.edp * layout.dp_replicate
-    if moe is not None and (moe.experts // layout.ep) % owners:
-        yield (
-            f"{moe.experts // layout.ep} experts a layer do not divide over {owners} ranks: dim 0 "
-            f"is cut into chunks of {math.ceil(moe.experts // layout.ep / owners)}, so some ranks "
-            "hold fewer"
-        )

@@ -53,7 +53,16 @@ def train(cfg: Config) -> None:
     mesh = Mesh(sizes, device.type, ordered=cfg.deterministic)
     run = Run(Path(cfg.run_dir), place.rank)
     loader = Loader(cfg.data, mesh.data.rank, mesh.data.size, seed=cfg.seed)
-    backend = parallelize(cfg.model, cfg.mesh, mesh, cfg.precision, seed=cfg.seed, device=device)
+    backend = parallelize(
+        cfg.model,
+        cfg.mesh,
+        mesh,
+        cfg.remat,
+        cfg.precision,
+        compiled=cfg.compile,
+        seed=cfg.seed,
+        device=device,
+    )
     state = TrainState.new(backend, cfg.optim, cfg.ema, seed=cfg.seed)
     engine = Engine(state, cfg.objective, cfg.schedule, step_config(cfg), mesh)
     manifest = loader.info

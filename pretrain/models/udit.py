@@ -289,4 +289,5 @@ def merge(model: UDiT) -> UDiT:
     with torch.device("meta"):
         merged = UDiT(model.cfg, "merged")
     merge_into(model, merged)
+    merged.dtype = model.dtype
     return merged.train(model.training)

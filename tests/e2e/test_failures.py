@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -25,12 +26,21 @@ WORLD = 4
 HURT = 3  # the rank that fails
 
 
-class Broken(RuntimeError):
+class BrokenError(RuntimeError):
     """What the failing rank raises."""
 
 
+def nothing() -> None:
+    """Starts the server that ranks are forked from, so that tests measure ranks alone."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _warm() -> None:
+    ranks.run(nothing, 1)
+
+
 def raises() -> None:
-    raise Broken("of its own making")
+    raise BrokenError("of its own making")
 
 
 def killed() -> None:
@@ -81,7 +91,9 @@ def test_a_rank_that_raises_speaks_first_and_ends_all(axis: str, tmp_path: Path)
     assert codes == [1] * WORLD, said
     assert said.startswith(f"[rank {HURT}] Traceback"), said
     assert said.count("Traceback") == 1, said
-    why = rf"rank {HURT} failed at tests/e2e/test_failures.py:\d+ in raises: Broken: of its own"
+    why = (
+        rf"rank {HURT} failed at tests/e2e/test_failures.py:\d+ in raises: BrokenError: of its own"
+    )
     for rank in range(WORLD - 1):
         assert re.search(rf"rank {rank} ended because {why}", said), said
     assert took < TIMEOUT + GRACE
@@ -128,25 +140,101 @@ def test_a_rank_that_leaves_early_is_named(tmp_path: Path) -> None:
 
 
 def late_group() -> None:
-    """Rank 1 stays away from a group made without a timeout."""
+    """Rank 1 stays away from groups that were made with another timeout, or with none."""
     place = launch.Place.here()
-    launch.join(place, threads=1, timeout=timedelta(seconds=TIMEOUT))
-    given = dist.new_group(timeout=timedelta(minutes=30))  # as some libraries do
-    plain = dist.new_group()
+    launch.join(place, threads=1, timeout=timedelta(seconds=60))
+    groups = [dist.new_group(timeout=timedelta(minutes=30)), dist.new_group()]
     launch.limit(timedelta(seconds=1))
-    later = dist.new_group()
-    for group in (given, plain, later):
+    groups.append(dist.new_group())
+    for group in groups:
         dist.all_reduce(torch.ones(1), group=group)
-        dist.barrier()
-        if place.rank == 0:
-            began = time.monotonic()
-            with pytest.raises(RuntimeError, match="1000ms"):
-                dist.all_reduce(torch.ones(1), group=group)
-            assert time.monotonic() - began < TIMEOUT
+    if place.rank == 1:
+        hangs()
+    for group in groups:
+        with pytest.raises(RuntimeError, match="1000ms"):
+            dist.all_reduce(torch.ones(1), group=group)
     os._exit(0)
 
 
 def test_every_group_has_the_timeout_of_the_world(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    code = ranks.wait(ranks.start(late_group, 2, log=log))[0]
-    assert code == 0, log.read_text()
+    first, second = ranks.start(late_group, 2, log=log)
+    codes = ranks.wait([first])
+    second.kill()
+    assert codes == [0], log.read_text()
+
+
+def in_a_step_of_slurm(port: int) -> None:
+    """One rank a task; rank 0, which keeps the store, is killed. No parent looks after the rest."""
+    rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", launch.STORE):
+        del os.environ[name]
+    os.environ |= {
+        "SLURM_PROCID": rank,
+        "SLURM_LOCALID": rank,
+        "SLURM_STEP_NUM_TASKS": world,
+        "SLURM_STEP_TASKS_PER_NODE": world,
+        "SLURM_STEP_NODELIST": "localhost",
+        "MASTER_PORT": str(port),
+    }
+    place = launch.Place.here()
+    with launch.guarded():
+        launch.join(place, threads=1, timeout=timedelta(seconds=60))
+        dist.all_reduce(torch.ones(1))
+        if place.rank == 0:
+            killed()
+        if place.rank == 2:
+            hangs()
+        dist.all_reduce(torch.ones(1))
+
+
+def test_under_srun_all_end_when_the_rank_with_the_store_is_killed(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    began, log = time.monotonic(), tmp_path / "log"
+    codes = ranks.wait(ranks.start(in_a_step_of_slurm, 3, port, log=log))
+    said = log.read_text()
+    assert codes == [-signal.SIGKILL, 1, 1], said
+    assert time.monotonic() - began < GRACE
+    for rank in (1, 2):
+        where = rf"rank {rank} ended at tests/e2e/test_failures.py:\d+ in \w+"
+        assert re.search(where + r".*: .*rank 0, which keeps the store .* is gone", said), said
+
+
+FAULTY = """
+import os, sys
+from pretrain import cli, objectives
+honest, seen = objectives.Flow.loss, [0]
+def loss(self, *args):
+    seen[0] += 1
+    if os.environ["RANK"] == "1" and seen[0] == 3:
+        {fault}
+    return honest(self, *args)
+objectives.Flow.loss = loss
+cli.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("starter", ["spawn", "torchrun"])
+def test_a_training_run_ends_with_the_traceback_of_the_rank_that_failed(
+    starter: str, digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny.write(tmp_path, "dit", digits, timeout=20)
+    script = tmp_path / "faulty.py"
+    script.write_text(FAULTY.format(fault="raise ArithmeticError('in a step')"))
+    words = [str(script), "train", str(config)]
+    if starter == "spawn":
+        code = launch.spawn([sys.executable, *words], 2)
+    else:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        env = os.environ | {"PYTHONPATH": str(Path.cwd()), "WANDB_MODE": "disabled"}
+        code = subprocess.run([sys.executable, *torchrun, *words], env=env, check=False).returncode
+    said = capfd.readouterr().err
+    assert code == 1, said
+    first = said[said.index("Traceback") :]
+    assert said[: said.index("Traceback")].endswith("[rank 1] "), said
+    assert "ArithmeticError: in a step" in first
+    assert re.search(r"rank 0 ended because rank 1 failed at pretrain/engine.py:\d+ in \w+", said)
+    assert "Connection closed" not in said, said

@@ -1,5 +1,8 @@
 """The way of tokens to experts and back, on 1, 2 and 4 ranks, against a loop in float64."""
 
+import copy
+import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -8,13 +11,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from parallel import launch
 from parallel.dispatch import Dispatcher, Exact, Static
 from parallel.experts import Picks, grouped_mm
 from parallel.mesh import Degrees, Mesh
+from pretrain.models.init import initialise
+from pretrain.models.layers import SwiGLU
+from pretrain.models.moe import MoE, MoEConfig
 from tests import ranks
 
 TOKENS, WIDTH, HIDDEN, EXPERTS = 64, 8, 12, 8
@@ -85,8 +91,11 @@ def picks_of(chosen: list[list[int]], weights: Tensor, *, varied: bool) -> Picks
     return Picks(experts, weights, tokens, lengths if varied else len(chosen[0]))
 
 
-def loop(values: Values, chosen: list[list[int]], grad: Tensor, lost: set[int]) -> Values:
+@functools.cache
+def loop(case: str, lost: frozenset[int]) -> Values:
     """Every pick by itself; those in `lost`, by their number, are left out."""
+    chosen = routing(case)
+    values, grad = draw(sum(map(len, chosen)))
     v = Values(*(leaf.clone().requires_grad_() for leaf in values.leaves().values()))
     out, pick = [], 0
     for token, row in zip(v.x, chosen, strict=True):
@@ -142,7 +151,7 @@ def lost_picks(chosen: list[list[int]], senders: int, ep: int, room: int) -> set
 def error(got: Tensor, want: Tensor) -> float:
     if not want.any():
         return float(got.abs().max()) if got.numel() else 0.0
-    return float((got.detach().double() - want).norm() / want.norm())
+    return float((got.double() - want).norm() / want.norm())
 
 
 def errors(got: Values, want: Values, tokens: slice, picks: slice, experts: slice) -> list[float]:
@@ -150,7 +159,7 @@ def errors(got: Values, want: Values, tokens: slice, picks: slice, experts: slic
     assert got.out is not None
     assert want.out is not None
     found = [
-        error(got.out, want.out[tokens]),
+        error(got.out.detach(), want.out.detach()[tokens]),
         error(got.x.grad, want.x.grad[tokens]),
         error(got.weights.grad, want.weights.grad[picks]),
     ]
@@ -181,7 +190,10 @@ def run_case(mesh: Mesh, case: str, make: str, capacity: float, fault: float = 1
     lost: set[int] = set()
     if make == "static" and ep.size > 1:
         senders = data.size * mesh.tp.size
-        lost = lost_picks(chosen, senders, ep.size, static.room(starts[-1] // senders))
+        most = starts[-1] // (data.size if case == "varied" else senders)
+        room = static.room(starts[-1] // senders, most)
+        lost = lost_picks(chosen, senders, ep.size, room)
+        assert capacity < EXPERTS or not lost
     got = through(
         lambda: static if make == "static" else Exact(EXPERTS, ep, mesh.tp),
         held,
@@ -192,12 +204,49 @@ def run_case(mesh: Mesh, case: str, make: str, capacity: float, fault: float = 1
     for name in ("gate", "up", "down"):
         dist.all_reduce(getattr(got, name).grad, group=mesh.experts.get_group())
     assert got.dropped.item() == len(lost & set(range(numbers.start, numbers.stop))), (case, make)
-    want = loop(whole, chosen, grad, lost)
-    worst = max(errors(got, want, tokens, numbers, mine))
+    worst = max(errors(got, loop(case, frozenset(lost)), tokens, numbers, mine))
     everywhere = torch.tensor(worst)
     dist.all_reduce(everywhere, dist.ReduceOp.MAX)
     where = f"{mesh.sizes} {case} {make} {capacity} fault {fault}: {everywhere.item():.1e}"
     assert (everywhere <= 1e-6) if fault == 1 else (everywhere > 1e-2), where
+
+
+def layer_case(mesh: Mesh, cfg: MoEConfig) -> None:
+    """A whole layer, with its router, equals the same layer on one rank."""
+    generator = torch.Generator().manual_seed(5)
+    x, normed = torch.randn(2, 4, TOKENS // 4, WIDTH, generator=generator)
+    time = torch.randn(4, WIDTH, generator=generator)
+    grad = torch.randn(x.shape, generator=generator)
+    whole = MoE(WIDTH, cfg, SwiGLU(WIDTH, HIDDEN))
+    initialise(whole, 0, zero_std=0.5)
+    part = copy.deepcopy(whole)
+    local = EXPERTS // mesh.ep.size
+    mine = slice(mesh.ep.rank * local, (mesh.ep.rank + 1) * local)
+    for name in ("gate", "up", "down"):
+        held = getattr(whole.experts, name).detach()[mine].clone()
+        setattr(part.experts, name, nn.Parameter(held))
+    if cfg.dispatcher == "static":
+        part.dispatcher = Static(EXPERTS, cfg.capacity, mesh.ep, mesh.tp)
+    else:
+        part.dispatcher = Exact(EXPERTS, mesh.ep, mesh.tp)
+    share = 4 // mesh.data.size
+    images = slice(mesh.data.rank * share, (mesh.data.rank + 1) * share)
+
+    want, _ = whole(x, normed, time)
+    want.backward(grad)
+    got, routing = part(x[images], normed[images], time[images])
+    got.backward(grad[images])
+    assert routing.dropped == 0
+    found = {"out": error(got.detach(), want.detach()[images].double())}
+    for (name, a), b in zip(part.named_parameters(), whole.parameters(), strict=True):
+        if name.startswith("experts."):
+            dist.all_reduce(a.grad, group=mesh.experts.get_group())
+        else:  # equal on the ranks of the tensor axis
+            dist.all_reduce(a.grad)
+            a.grad /= mesh.tp.size
+        wanted = b.grad[mine] if name.startswith("experts.") else b.grad
+        found[name] = error(a.grad, wanted.double())
+    assert max(found.values()) <= 2e-6, (mesh.sizes, cfg, found)
 
 
 def only_exact_waits(mesh: Mesh) -> None:
@@ -229,6 +278,11 @@ def cases_on(world: int) -> None:
                 run_case(mesh, case, "static", 1.0)
         run_case(mesh, "ordinary", "exact", 1.0, fault=2.0)
         run_case(mesh, "ordinary", "static", 2.0, fault=2.0)
+        for balance, dispatcher in itertools.product(
+            ("bias", "expert_choice"), ("exact", "static")
+        ):
+            made = {"balance": balance, "dispatcher": dispatcher, "capacity": EXPERTS}
+            layer_case(mesh, MoEConfig.model_validate({"experts": EXPERTS, "hidden": 12, **made}))
         if sizes.ep > 1:
             only_exact_waits(mesh)
     launch.leave()

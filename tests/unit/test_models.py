@@ -236,6 +236,7 @@ def test_kernels_applied_apart_give_the_same_values_and_gradients() -> None:
 def test_merging_keeps_float64() -> None:
     model = made(UDIT, 0.05).double()
     assert isinstance(model, UDiT)
+    model.dtype = torch.float64
     args = inputs(UDIT)
     merged = merge(model)
     assert all(p.dtype == torch.float64 for p in merged.parameters())

@@ -1,11 +1,13 @@
 """The mixture-of-experts layer against a dense loop over tokens and experts."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.balance import auxiliary_loss
 from pretrain.models.dit import PUBLISHED_MOE
@@ -23,6 +25,18 @@ RAW = CHOOSING.model_copy(update={"renormalise": False, "score": "softmax"})
 @pytest.fixture(autouse=True)
 def _same_numbers() -> None:
     torch.manual_seed(0)
+
+
+class Recorded(TorchDispatchMode):
+    """The names of the operators that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name().partition(".")[0])
+        return func(*args, **(kwargs or {}))
 
 
 def layer(cfg: MoEConfig, *, shared: bool = True) -> MoE:
@@ -200,9 +214,9 @@ def test_a_choice_comes_from_one_top_k(cfg: MoEConfig) -> None:
     # remat saves the outputs of this operator, so that nothing is chosen twice
     router = Router(WIDTH, cfg)
     initialise(router, 0)
-    with torch.profiler.profile() as seen:
+    with Recorded() as seen:
         router(torch.randn(2, 9, WIDTH), torch.zeros(2, WIDTH))
-    assert [event.name for event in seen.events()].count("aten::topk") == 1
+    assert seen.names.count("aten::topk") == 1
 
 
 @pytest.mark.parametrize("loss", ["aux_batch", "aux_image"])

@@ -1,0 +1,98 @@
+"""Memory and speed of a unit: what backward recomputes instead of keeping, and compilation.
+
+Both set `unit.forward` on the instance, so names of parameters, hooks and `fully_shard` do not see
+them. Routing is kept in every mode: a top-k taken twice can choose differently, and its tokens
+would be counted twice. Under FSDP the recomputed region lies inside the unit's gather.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, PositiveInt
+from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+import parallel.experts  # noqa: F401  (registers the grouped product)
+
+
+class RematConfig(BaseModel):
+    """What backward recomputes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mode: Literal["none", "full", "selective"] = "none"  # selective keeps products and collectives
+    every: PositiveInt = 1  # in every n-th unit, the last of each n
+
+
+_aten = torch.ops.aten
+ROUTING = (_aten.topk.default,)
+PRODUCTS = (
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten.baddbmm.default,
+    _aten.convolution.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.dit_pretrain.grouped_mm.default,
+)
+# Collectives that return a new tensor. Those of `c10d` write into one that they are given: their
+# result could be kept, but not what they wrote, so they run again, in the same order on all ranks.
+COLLECTIVES = ("_c10d_functional", "_c10d_functional_autograd")
+
+
+def apply(units: Sequence[nn.Module], cfg: RematConfig) -> None:
+    """Every n-th unit recomputes in backward. Call it before `compile_units`, and in any order with
+    `fully_shard`.
+    """
+    if cfg.mode == "none":
+        return
+    keep = partial(_keep, mode=cfg.mode)
+    contexts = partial(create_selective_checkpoint_contexts, keep)
+    for unit in units[cfg.every - 1 :: cfg.every]:
+        # why: the models draw no random numbers in forward, so there is no state to restore.
+        unit.forward = partial(  # type: ignore[method-assign]
+            checkpoint,
+            unit.forward,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=contexts,
+        )
+
+
+def compile_units(
+    units: Sequence[nn.Module], *, graphs: int = 4, backend: str | Callable[..., Any] = "inductor"
+) -> None:
+    """Compiles each unit; units of one kind share their graphs. Call it after `apply`: what is kept
+    is then decided inside the graph, and the top-k stays out of backward's.
+
+    graphs: that one kind may need, for each input shape with and without gradients. One more raises
+    FailOnRecompileLimitHit; by default the rest would run uncompiled, in silence.
+    """
+    config = torch._dynamo.config
+    config.recompile_limit = graphs * len({_kind(unit) for unit in units})
+    config.fail_on_recompile_limit_hit = True
+    for unit in units:
+        compiled = torch.compile(unit.forward, dynamic=False, backend=backend)
+        unit.forward = compiled  # type: ignore[method-assign]
+
+
+def _kind(unit: nn.Module) -> tuple[object, ...]:
+    """Units of one kind have the same structure and shapes."""
+    parts = ((name, type(module)) for name, module in unit.named_modules())
+    return (*parts, *((name, p.shape, p.requires_grad) for name, p in unit.named_parameters()))
+
+
+def _keep(
+    _ctx: Any, operator: Callable[..., Any], *_args: Any, mode: str, **_kwargs: Any
+) -> CheckpointPolicy:
+    kept = is_kept(operator, mode)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
