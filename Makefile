@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet
 DEVICE_BUILD := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 
-.PHONY: setup demo test slow check format clean
+.PHONY: setup demo test slow parity check format clean
 
 setup: .venv/ready
 
@@ -38,6 +38,10 @@ test: .venv/ready
 
 slow: .venv/ready
 	$(BIN)/python -m pytest -m slow
+
+# Every model on every layout beside one process.
+parity: .venv/ready
+	$(BIN)/python -m tests.parity.table
 
 check: .venv/ready
 	$(BIN)/ruff format --check .

@@ -16,9 +16,20 @@ from parallel.shards import Piece
 class Backend(Protocol):
     """Every rank calls every method, in the same order."""
 
-    model: nn.Module  # to be called in forward
-    device: torch.device  # where it computes
-    pieces: Mapping[str, Piece]  # float32 masters by logical name, the same storage for ever
+    @property
+    def model(self) -> nn.Module:
+        """To be called in forward."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        ...
+
+    @property
+    def pieces(self) -> Mapping[str, Piece]:
+        """Float32 masters by logical name, the same storage for ever."""
+        ...
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Adds gradients; on the last micro-batch they are reduced by SUM over all data ranks."""

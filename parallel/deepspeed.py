@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,40 +28,33 @@ _SUB_GROUP = 1 << 26  # elements of ZeRO-3 whose gradients are laid flat at a ti
 _BUCKET = 1 << 26  # elements reduced or gathered in one call, at most
 
 
-class Groups:
+def _groups(mesh: Mesh) -> Any:
     """Our mesh by the names that DeepSpeed asks an `mpu` for.
 
     Why given always: without one DeepSpeed makes a second world group, with a timeout of its own.
     """
-
-    def __init__(self, mesh: Mesh) -> None:
-        self._tp, self._data = mesh.tp, mesh.shard
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup | None:
-        return self._tp.group
-
-    def get_model_parallel_rank(self) -> int:
-        return self._tp.rank
-
-    def get_model_parallel_world_size(self) -> int:
-        return self._tp.size
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self._data.get_group()
-
-    def get_data_parallel_rank(self) -> int:
-        return self._data.get_local_rank()
-
-    def get_data_parallel_world_size(self) -> int:
-        return self._data.size()
+    tp, data = mesh.tp, mesh.shard
+    return SimpleNamespace(
+        get_model_parallel_group=lambda: tp.group,
+        get_model_parallel_rank=lambda: tp.rank,
+        get_model_parallel_world_size=lambda: tp.size,
+        get_data_parallel_group=data.get_group,
+        get_data_parallel_rank=data.get_local_rank,
+        get_data_parallel_world_size=data.size,
+    )
 
 
 def check(
-    stage: int, sizes: Degrees, *, experts: bool = False, deterministic: bool = False
+    stage: int,
+    sizes: Degrees,
+    *,
+    experts: bool = False,
+    compiled: bool = False,
+    deterministic: bool = False,
 ) -> None:
     """Raises LayoutError if ZeRO of this stage cannot run the layout; needs no process group.
 
-    experts: the model has routed experts.
+    experts: the model has routed experts. compiled: its units are.
     """
     engine = f"engine=zero{stage}"
     if sizes.dp_replicate > 1:
@@ -80,6 +74,11 @@ def check(
             "more ranks than those of dense weights, which DeepSpeed does for stages 1 and 2 only; "
             "set engine=zero2, or mesh.tp=1, or engine=fsdp2"
         )
+    if stage == 3 and compiled:
+        raise LayoutError(
+            f"{engine} with compiled units: DeepSpeed gathers each layer's weights inside them, "
+            "and every gather compiles anew; do not compile, or set engine=zero2 or engine=fsdp2"
+        )
     if deterministic and sizes.world > 1:
         raise LayoutError(
             f"{engine} with deterministic=true: DeepSpeed adds gradients in the order of its "
@@ -93,7 +92,7 @@ class ZeRO:
     model: on meta, cut for tensor and expert parallelism already; taken over and materialised.
     fill: gives one parameter or buffer, as large as its box, its values by name, in place.
     boxes: where parameters lie that are cut (tensor parallel columns and rows, local experts).
-    mpu: `parallel.megatron.state` when Megatron's layers are in the model; None: `Groups`.
+    mpu: `parallel.megatron.state` when Megatron's layers are in the model; None: our mesh's groups.
     experts: names of the parameters of routed experts; their gradients sum over the expert view.
     persist: ZeRO-3 keeps parameters of up to so many elements gathered.
 
@@ -118,7 +117,7 @@ class ZeRO:
     ) -> None:
         check(stage, mesh.sizes, experts=bool(experts))
         self.model, self.device = model, device
-        self._stage, self._mesh, self._mpu = stage, mesh, mpu or Groups(mesh)
+        self._stage, self._mesh, self._mpu = stage, mesh, mpu or _groups(mesh)
         # why: where nothing is cut, experts are summed over the data ranks like all others.
         apart = mesh.sizes.tp > 1 or mesh.sizes.ep > 1
         self._experts = frozenset(experts) if apart else frozenset()
@@ -379,15 +378,7 @@ def _hide_gathers(offload: Any) -> None:
     for way in ("forward", "backward"):
         for end in ("pre", "post"):
             name = f"{end}_sub_module_{way}_function"
-            setattr(offload, name, _without_modes(getattr(offload, name)))
-
-
-def _without_modes(function: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with _disable_current_modes():
-            return function(*args, **kwargs)
-
-    return call
+            setattr(offload, name, _disable_current_modes()(getattr(offload, name)))
 
 
 def _sign_of_experts() -> nn.Module:

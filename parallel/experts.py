@@ -72,7 +72,7 @@ def combine(rows: Tensor, picks: Picks, order: Order) -> Tensor:
     weights = weights.unsqueeze(-1).to(rows.dtype)
     picked = take(rows, order.back, order.forth, order.real)  # (P, D)
     if isinstance(picks.lengths, int):
-        # perf: cut by token before the product; after it, the gradient would be copied out to P rows.
+        # perf: cut by token before the product; after it the gradient would be copied to P rows.
         by_token = (-1, picks.lengths)
         return (picked.unflatten(0, by_token) * weights.unflatten(0, by_token)).sum(1)
     return _Sum.apply(picked * weights, picks.tokens, picks.lengths)
@@ -164,7 +164,7 @@ def _grouped_mm(x: Tensor, w: Tensor, counts: Tensor) -> Tensor:
         return x.new_zeros(0, n)
     num_experts, rows = w.shape[0], x.shape[0]
     x, w = _pad(x, 1), _pad(_pad(w, 2), 1)
-    out = F.grouped_mm(x, w.transpose(1, 2), offs=_ends(counts[:num_experts]))
+    out = F.grouped_mm(x, w.transpose(1, 2), offs=_ends(counts, num_experts))
     if counts.shape[0] > num_experts:
         # why: the kernel leaves rows past the last end as the memory was, perhaps not finite.
         real = torch.arange(rows, device=x.device) < rows - counts[num_experts]
@@ -173,13 +173,13 @@ def _grouped_mm(x: Tensor, w: Tensor, counts: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("dit_pretrain::grouped_mm_weight_grad", mutates_args=())
-def _grouped_mm_weight_grad(grad: Tensor, x: Tensor, counts: Tensor) -> Tensor:
+def _grouped_mm_weight_grad(grad: Tensor, x: Tensor, counts: Tensor, num_experts: int) -> Tensor:
     """grad: (T, N), x: (T, K) -> (E, N, K), zero for an expert without rows."""
     n, k = grad.shape[1], x.shape[1]
     if x.shape[0] == 0:
-        return x.new_zeros(counts.shape[0], n, k)
+        return x.new_zeros(num_experts, n, k)
     grad, x = _pad(grad, 1), _pad(x, 1)
-    out = F.grouped_mm(grad.t(), x, offs=_ends(counts))
+    out = F.grouped_mm(grad.t(), x, offs=_ends(counts, num_experts))
     return out[:, :n, :k].contiguous()
 
 
@@ -189,8 +189,8 @@ def _(x: Tensor, w: Tensor, counts: Tensor) -> Tensor:
 
 
 @_grouped_mm_weight_grad.register_fake
-def _(grad: Tensor, x: Tensor, counts: Tensor) -> Tensor:
-    return x.new_empty(counts.shape[0], grad.shape[1], x.shape[1])
+def _(grad: Tensor, x: Tensor, counts: Tensor, num_experts: int) -> Tensor:
+    return x.new_empty(num_experts, grad.shape[1], x.shape[1])
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
@@ -204,7 +204,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Non
     if ctx.needs_input_grad[0]:
         grad_x = torch.ops.dit_pretrain.grouped_mm(grad, w.transpose(1, 2), counts)
     if ctx.needs_input_grad[1]:
-        grad_w = torch.ops.dit_pretrain.grouped_mm_weight_grad(grad, x, counts[: w.shape[0]])
+        grad_w = torch.ops.dit_pretrain.grouped_mm_weight_grad(grad, x, counts, w.shape[0])
     return grad_x, grad_w, None
 
 
@@ -221,8 +221,9 @@ def _weight_grad_flops(grad: torch.Size, x: torch.Size, *args: Any, **kwargs: An
     return 2 * grad[0] * grad[1] * x[1]
 
 
-def _ends(counts: Tensor) -> Tensor:
-    return counts.cumsum(0).to(torch.int32)
+def _ends(counts: Tensor, num_experts: int) -> Tensor:
+    ends = counts.cumsum(0).to(torch.int32)
+    return ends if ends.shape[0] == num_experts else ends[:num_experts]
 
 
 def _pad(x: Tensor, dim: int) -> Tensor:

@@ -147,7 +147,9 @@ class _Row(layers.RowParallelLinear):
         return out if bias is None else out + bias.to(x.dtype)
 
     def _forward_impl(self, input: Tensor, weight: Tensor, **rest: Any) -> Any:
-        return super()._forward_impl(input=input, weight=weight.to(input.dtype), **rest)
+        product = super()._forward_impl(input=input, weight=weight.to(input.dtype), **rest)
+        # why: Megatron sums in place, and selective recomputation keeps the product itself.
+        return product.clone()
 
 
 def _config(axis: Axis) -> ModelParallelConfig:

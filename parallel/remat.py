@@ -68,14 +68,21 @@ def apply(units: Sequence[nn.Module], cfg: RematConfig) -> None:
         )
 
 
+def is_kept(operator: Any, mode: str) -> bool:
+    """Whether backward finds the results of this operator, instead of running it again."""
+    if mode == "selective" and (operator in PRODUCTS or operator.namespace in COLLECTIVES):
+        return True
+    return operator in ROUTING
+
+
 def compile_units(
-    units: Sequence[nn.Module], *, graphs: int = 4, backend: str | Callable[..., Any] = "inductor"
+    units: Sequence[nn.Module], *, graphs: int = 8, backend: str | Callable[..., Any] = "inductor"
 ) -> None:
     """Compiles each unit; units of one kind share their graphs. Call it after `apply`: what is kept
     is then decided inside the graph, and the top-k stays out of backward's.
 
-    graphs: that one kind may need, for each input shape with and without gradients. One more raises
-    FailOnRecompileLimitHit; by default the rest would run uncompiled, in silence.
+    graphs: that one kind may need: one for each input shape (resolution, batch) with gradients, one
+    without. More raise FailOnRecompileLimitHit; by default the rest runs uncompiled, in silence.
     """
     config = torch._dynamo.config
     config.recompile_limit = graphs * len({_kind(unit) for unit in units})

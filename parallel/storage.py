@@ -37,10 +37,16 @@ class _Boxes(torch.Tensor):
         return torch.Tensor._make_subclass(cls, piece.values)
 
     def __init__(self, piece: Piece) -> None:
+        self._shape = piece.extent.box.shape
         self._parts: dict[torch.Size, tuple[Box, Tensor]] = {}
         for box, place in piece.extent.boxes():
             view = piece.values[place : place + box.numel].view(box.sizes)
             self._parts[torch.Size(box.offset)] = (box, view)
+
+    def size(self, dim: int | None = None) -> Any:
+        """Of the logical tensor: DCP compares it with what was saved."""
+        shape = torch.Size(self._shape)
+        return shape if dim is None else shape[dim]
 
     def __create_write_items__(self, name: str, _whole: Any) -> list[WriteItem]:
         return [

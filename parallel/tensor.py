@@ -124,6 +124,9 @@ class Enter(nn.Module):
 class Row(nn.Module):
     """A linear whose input features are cut. (..., K/tp) -> (..., N)."""
 
+    weight: Tensor
+    bias: Tensor | None
+
     def __init__(self, whole: nn.Module, axis: Axis, hold: "Hold") -> None:
         super().__init__()
         _take_over(self, whole, {"weight": 1}, axis, hold)
@@ -137,7 +140,7 @@ class Row(nn.Module):
 class Gathered(nn.Module):
     """A leaf whose output features are cut, and gathered: any layer with `compute` and `cuts`."""
 
-    def __init__(self, whole: nn.Module, axis: Axis, hold: "Hold") -> None:
+    def __init__(self, whole: Any, axis: Axis, hold: "Hold") -> None:
         super().__init__()
         _take_over(self, whole, whole.cuts, axis, hold)
         self.compute: Callable[..., Tensor] = whole.compute
@@ -231,7 +234,7 @@ def give_cut(module: nn.Module, name: str, whole: Tensor, dim: int, axis: Axis, 
         )
     else:
         # why: a plain share does not say of itself where it lies.
-        module.boxes = getattr(module, "boxes", {}) | {name: box}
+        vars(module).setdefault("boxes", {})[name] = box
     module.register_parameter(name, nn.Parameter(share))
 
 

@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
@@ -27,7 +28,6 @@ PATIENCE = 5.0  # seconds without a sign of life after which a rank counts as go
 LIMIT = 15.0  # seconds in which a rank that has failed must have ended
 OURS = ("pretrain", "parallel", "data_pipeline", "tests")  # code whose lines a place may name
 _ROOT = Path(__file__).resolve().parents[1]
-_QUIET = (__file__, "c10d_logger.py")  # frames that only wrap others
 
 
 class Board(Protocol):
@@ -250,15 +250,24 @@ def place_of(frames: Iterable[tuple[FrameType, int]]) -> tuple[str, bool]:
     """The innermost line of ours, and whether it waits in a collective. frames: inner to outer."""
     collective = ""
     for frame, line in frames:
-        path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(_ROOT):
-            inside = path.relative_to(_ROOT)
-            if inside.parts[0] in OURS and str(path) not in _QUIET:
-                where = f"{inside}:{line} in {frame.f_code.co_name}"
-                return where + (f", waiting in {collective}" * bool(collective)), bool(collective)
-        if "distributed" in path.parts and path.name not in _QUIET:
+        ours, distributed = _whose(frame.f_code.co_filename)
+        if ours:
+            where = f"{ours}:{line} in {frame.f_code.co_name}"
+            return where + (f", waiting in {collective}" * bool(collective)), bool(collective)
+        if distributed:
             collective = frame.f_code.co_name
     return "no line of ours", bool(collective)
+
+
+@cache
+def _whose(file: str) -> tuple[str, bool]:
+    """A file's path if it is ours, else ""; and whether it is a library of collectives."""
+    path = Path(file)
+    if file == __file__ or path.name == "c10d_logger.py":  # frames that only wrap others
+        return "", False
+    if path.is_relative_to(_ROOT) and path.relative_to(_ROOT).parts[0] in OURS:
+        return str(path.relative_to(_ROOT)), False
+    return "", "distributed" in path.parts
 
 
 def is_consequence(error: BaseException) -> bool:

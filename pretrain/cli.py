@@ -68,7 +68,8 @@ def train(
         raise typer.Exit(launch.spawn(command, nproc))
     launch.die_with_parent()
     preflight.preflight(cfg, place.world)
-    page.train(cfg)
+    with launch.guarded(INPUT_ERRORS):
+        page.train(cfg)
 
 
 @app.command()

@@ -32,6 +32,7 @@ from pretrain.metrics import LogConfig
 from pretrain.models.build import ModelConfig
 from pretrain.objectives import DDPM, ObjectiveConfig
 from pretrain.optim import OptimConfig
+from pretrain.parallelize import EngineName
 from pretrain.preview import PreviewConfig
 from pretrain.schedules import ScheduleConfig
 
@@ -56,7 +57,7 @@ class Config(BaseModel):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     sample: PreviewConfig = PreviewConfig()
-    engine: Literal["fsdp2"] = "fsdp2"
+    engine: EngineName = "fsdp2"
     precision: Precision = "fp32"
     remat: RematConfig = RematConfig()
     compile: bool = False  # blocks through torch.compile

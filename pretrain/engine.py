@@ -178,13 +178,13 @@ class Engine:
         noise = drawn.noise.to(self._device, non_blocking=True)
         t = self._objective.time(drawn.u).to(self._device, non_blocking=True)
         x_t = self._objective.corrupt(batch.x, noise, t)
-        cond = self._dropped(batch.labels, drawn)
+        cond = self._some_null(batch.labels, drawn)
         pred, routings = self._state.model(x_t, self._objective.embed(t), cond, routing=True)
         bins = (self._objective.fraction(t) * self._cfg.time_bins).long()
         bins = bins.clamp(max=self._cfg.time_bins - 1)
         return self._objective.loss(pred, batch.x, noise, t), routings, bins
 
-    def _dropped(self, labels: Tensor, drawn: Draws) -> Tensor:
+    def _some_null(self, labels: Tensor, drawn: Draws) -> Tensor:
         drop = drawn.drop.to(labels.device, non_blocking=True) < self._cfg.label_dropout
         labels = labels if drop.ndim == 1 else labels[:, None]
         return torch.where(drop, self._cfg.null_label, labels)

@@ -36,6 +36,7 @@ SHOWN = {  # of a record on the console, in this order
     "images_per_s": ".1f",
     "mfu": ".3f",
     "moe.load_max": ".2f",
+    "moe.dropped": ".0f",
     "skipped": ".0f",
 }
 

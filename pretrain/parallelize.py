@@ -1,10 +1,12 @@
 """Where a model meets the mesh: built on meta, cut, allocated, then filled from addresses.
 
-The order is the content: no rank ever holds the whole model, and every layout starts from the same.
+The order is the content: no rank ever holds the whole model (but ZeRO-1 and 2, as they must), and
+every layout starts from the same.
 """
 
+from typing import Literal
+
 import torch
-from torch import nn
 
 from parallel import fsdp, tensor
 from parallel.backend import Backend
@@ -13,23 +15,31 @@ from parallel.mesh import Mesh, MeshConfig
 from parallel.precision import COMPUTE, Precision
 from parallel.remat import RematConfig, apply, compile_units
 from pretrain.models.build import Model, ModelConfig, build
-from pretrain.models.init import initialise
+from pretrain.models.init import Filler, initialise
 from pretrain.models.moe import MoEConfig, moe_layers
+
+EngineName = Literal["fsdp2", "zero1", "zero2", "zero3"]
 
 
 def parallelize(
     cfg: ModelConfig,
     layout: MeshConfig,
     mesh: Mesh,
-    remat: RematConfig,
-    precision: Precision,
     *,
-    compiled: bool = False,
+    engine: EngineName,
+    precision: Precision,
+    remat: RematConfig,
+    compiled: bool,
     seed: int,
     device: torch.device,
 ) -> Backend:
     """The model of `cfg`, cut over `mesh` and initialised from `seed`."""
-    model = sharded(cfg, layout, mesh, remat, precision)
+    if engine != "fsdp2":
+        model = _cut_plainly(cfg, mesh, precision, remat)
+        if compiled:
+            compile_units(model.units())
+        return _zero(model, int(engine[-1]), layout, mesh, cfg.zero_init_std, seed, device)
+    model = sharded(cfg, layout, mesh, precision, remat)
     if compiled:
         compile_units(model.units())
     fsdp.materialise(model, device, offload=layout.offload)
@@ -38,16 +48,14 @@ def parallelize(
 
 
 def sharded(
-    cfg: ModelConfig, layout: MeshConfig, mesh: Mesh, remat: RematConfig, precision: Precision
-) -> nn.Module:
+    cfg: ModelConfig, layout: MeshConfig, mesh: Mesh, precision: Precision, remat: RematConfig
+) -> Model:
     """The model on meta, cut as FSDP2 holds it; nothing is allocated."""
-    with torch.device("meta"):
-        model = build(cfg)
-    model.dtype = COMPUTE[precision]
+    model = _on_meta(cfg, precision)
     cut(model, mesh, tensor.DTENSOR)
     apply(model.units(), remat)
     parts = fsdp.Parts(model.units(), model.routers(), [e.experts for e in moe_layers(model)])
-    return fsdp.shard(
+    fsdp.shard(
         model,
         parts,
         mesh,
@@ -56,6 +64,59 @@ def sharded(
         offload=layout.offload,
         unit_bytes=layout.unit_mb << 20,
     )
+    return model
+
+
+def _cut_plainly(cfg: ModelConfig, mesh: Mesh, precision: Precision, remat: RematConfig) -> Model:
+    """The model on meta as DeepSpeed takes it: plain local tensors, Megatron's linears."""
+    hold = tensor.Hold(as_dtensor=False)
+    if mesh.tp.size > 1:
+        from parallel import megatron
+
+        hold = tensor.Hold(False, megatron.column, megatron.row, megatron.gathered)
+    model = _on_meta(cfg, precision)
+    cut(model, mesh, hold)
+    apply(model.units(), remat)
+    return model.train()
+
+
+def _zero(
+    model: Model,
+    stage: int,
+    layout: MeshConfig,
+    mesh: Mesh,
+    zero_init_std: float,
+    seed: int,
+    device: torch.device,
+) -> Backend:
+    from parallel import deepspeed
+
+    mpu = None
+    if mesh.tp.size > 1:
+        from parallel import megatron
+
+        mpu = megatron.state(mesh)
+    fill = Filler(model, seed, zero_init_std)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    experts = [layer.experts for layer in moe_layers(model)]
+    return deepspeed.ZeRO(
+        model,
+        stage=stage,
+        mesh=mesh,
+        device=device,
+        fill=fill,
+        boxes={name: box for name, box in fill.boxes.items() if box.sizes != box.shape},
+        experts=[names[id(p)] for module in experts for p in module.parameters()],
+        offload=layout.offload,
+        mpu=mpu,
+    )
+
+
+def _on_meta(cfg: ModelConfig, precision: Precision) -> Model:
+    with torch.device("meta"):
+        model = build(cfg)
+    model.dtype = COMPUTE[precision]
+    return model
 
 
 def cut(model: Model, mesh: Mesh, hold: tensor.Hold) -> None:

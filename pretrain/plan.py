@@ -28,8 +28,8 @@ _PASSES = 4  # of the all-to-all: dispatch and combine, forward and backward
 
 ACTIVATIONS = (
     "what autograd keeps of one micro-batch at its peak, counted on meta for one image times "
-    "micro_batch: eager, remat as configured, flash attention, tensor parallelism not subtracted, no "
-    "workspace of kernels or collectives"
+    "micro_batch: eager, remat as configured, flash attention, tensor parallelism not subtracted, "
+    "no workspace of kernels or collectives"
 )
 
 

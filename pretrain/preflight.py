@@ -1,5 +1,6 @@
 """What a person can have got wrong about a run, found before any rank or process group exists."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 
 from data_pipeline.loader import check
 from data_pipeline.shards import Manifest
-from parallel import tensor
+from parallel import deepspeed, tensor
 from parallel.errors import LayoutError
 from parallel.mesh import Degrees, degrees
 from pretrain import checkpoint, config, run, sampling
@@ -22,6 +23,7 @@ def preflight(cfg: Config, world: int) -> Manifest:
     """
     sizes = degrees(cfg.mesh, world)
     config.check_batch(cfg, sizes)
+    check_engine(cfg, sizes)
     check_axes(cfg, sizes)
     manifest = check(
         cfg.data,
@@ -34,6 +36,32 @@ def preflight(cfg: Config, world: int) -> Manifest:
     run.check_place(Path(cfg.run_dir))
     checkpoint.check_fit(Path(cfg.run_dir), identity(cfg, manifest))
     return manifest
+
+
+def check_engine(cfg: Config, sizes: Degrees) -> None:
+    """Raises LayoutError if the engine is not installed, or cannot run this layout."""
+    if cfg.engine == "fsdp2":
+        return
+    needed = {"deepspeed": "deepspeed", "megatron.core": "megatron"}
+    for package, extra in needed.items():
+        if (package == "deepspeed" or sizes.tp > 1) and not _installed(package):
+            raise LayoutError(
+                f"engine={cfg.engine} with mesh.tp={sizes.tp} needs {package}, which is not "
+                f"installed; pip install 'dit-pretrain[{extra}]', or set engine=fsdp2"
+            )
+    deepspeed.check(
+        int(cfg.engine[-1]),
+        sizes,
+        experts=getattr(cfg.model, "moe", None) is not None,
+        deterministic=cfg.deterministic,
+    )
+
+
+def _installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def check_axes(cfg: Config, sizes: Degrees) -> None:

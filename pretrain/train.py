@@ -57,14 +57,16 @@ def train(cfg: Config) -> None:
         cfg.model,
         cfg.mesh,
         mesh,
-        cfg.remat,
-        cfg.precision,
+        engine=cfg.engine,
+        precision=cfg.precision,
+        remat=cfg.remat,
         compiled=cfg.compile,
         seed=cfg.seed,
         device=device,
     )
     state = TrainState.new(backend, cfg.optim, cfg.ema, seed=cfg.seed)
     engine = Engine(state, cfg.objective, cfg.schedule, step_config(cfg), mesh)
+    launch.limit(timedelta(seconds=cfg.timeout))  # of every group, those of libraries too
     manifest = loader.info
     facts = {
         **identity(cfg, manifest),

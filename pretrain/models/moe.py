@@ -127,8 +127,8 @@ class Router(nn.Module):
         if cfg.renormalise:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         counts = count_picks(experts.flatten(1), cfg.experts).float()
-        tokens = torch.arange(experts[..., 0].numel(), device=score.device)
-        tokens = tokens[:, None].expand(-1, cfg.top_k).flatten()
+        tokens = torch.arange(experts.shape[0] * experts.shape[1], device=score.device)
+        tokens = tokens.repeat_interleave(cfg.top_k)
         weights = (weights * cfg.scale).flatten()
         return Picks(experts.flatten(), weights, tokens, cfg.top_k), counts
 

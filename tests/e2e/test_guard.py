@@ -60,6 +60,7 @@ def router_stays_fp32() -> None:
 
     from parallel import launch
     from parallel.mesh import Mesh, MeshConfig, degrees
+    from parallel.remat import RematConfig
     from pretrain import config
     from pretrain.models.moe import moe_layers
     from pretrain.models.udit import UDiTConfig
@@ -70,7 +71,17 @@ def router_stays_fp32() -> None:
     tree = tiny.MODELS["udit-moe"] | {"input_size": 8, "in_channels": 16, "num_classes": 10}
     cfg = config.part(UDiTConfig, tree)
     mesh = Mesh(degrees(MeshConfig(), place.world), device.type)
-    model = parallelize(cfg, mesh, "bf16", seed=0, device=device)
+    model = parallelize(
+        cfg,
+        MeshConfig(),
+        mesh,
+        engine="fsdp2",
+        precision="bf16",
+        remat=RematConfig(),
+        compiled=False,
+        seed=0,
+        device=device,
+    ).model
     layer = moe_layers(model)[0]
     seen = []
     router, experts = type(layer.router).forward, type(layer.experts).forward

@@ -106,10 +106,11 @@ TYPED = [  # overrides; parts of the message
     # The layout.
     ("accum=3", ["data.global_batch=8 must be a multiple of .*= 3; set data.global_batch=9"]),
     ("mesh.dp_shard=3", ["= 3, but the number of ranks is 1; set mesh.dp_shard=1 or start 3"]),
-    ("mesh.tp=2", ["mesh.tp=2 is planned for .* set mesh.tp=1"]),
-    ("mesh.ep=2", ["mesh.ep=2 is planned for .* set mesh.ep=1"]),
-    ("mesh.dp_replicate=2", ["mesh.dp_replicate=2 is planned for .* set mesh.dp_replicate=1"]),
+    ("mesh.tp=2", ["= 2, but the number of ranks is 1; start 2 ranks"]),
+    ("mesh.ep=2", ["ep·etp = 2·1 must divide dp_shard·sp·tp = 1; set mesh.ep=1"]),
+    ("mesh.dp_replicate=2", ["= 2, but the number of ranks is 1; start 2 ranks"]),
     ("mesh.sp=2", ["mesh.sp=2: .* set mesh.sp=1"]),
+    ("mesh.etp=2", ["mesh.etp=2: .* set mesh.etp=1"]),
     # The data.
     ("data.path=nowhere", ["'nowhere' does not exist; make it with `pretrain data encode"]),
     ("data.path=configs", ["'configs' has no manifest.json", "`pretrain data encode"]),
@@ -136,8 +137,12 @@ def test_what_is_typed(
 NPROC = [
     ("data.global_batch=9", "must be a multiple of .*2·1 = 2; set data.global_batch=8"),
     ("data.path=nowhere", "does not exist; make it with"),
-    ("mesh.tp=2", "set mesh.tp=1"),
+    ("mesh.tp=3", "start 3 ranks or change the degrees"),
     ("mesh.dp_shard=3", "the number of ranks is 2; set mesh.dp_shard=2 or start 3 ranks"),
+    ("mesh.ep=2", "mesh.ep=2, but the model has no experts; set mesh.ep=1"),
+    ("engine=zero1 mesh.dp_replicate=2", "set mesh.dp_replicate=1 mesh.dp_shard=2, or engine=fsdp"),
+    ("engine=zero2 deterministic=true", "set deterministic=false or engine=fsdp2"),
+    ("engine=zero4", "engine='zero4' must be 'fsdp2', 'zero1', 'zero2' or 'zero3'"),
 ]
 
 
@@ -146,7 +151,48 @@ def test_the_parent_of_nproc_starts_no_rank(
     override: str, part: str, refuse: Refuse, digits: Path, tmp_path: Path
 ) -> None:
     config = tiny.write(tmp_path, "dit", digits)
-    one_message(refuse("train", config, override, "--nproc", 2), part)
+    one_message(refuse("train", config, *override.split(), "--nproc", 2), part)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "ranks", "overrides", "part"),
+    [
+        (
+            "dit",
+            4,
+            "mesh.tp=4",
+            "divide the 2 attention heads of model.num_heads; set mesh.tp=2",
+        ),
+        ("udit", 4, "mesh.tp=4", "must divide the 2 attention heads of .*; set mesh.tp=2"),
+        (
+            "dit-moe",
+            3,
+            "mesh.ep=3 data.global_batch=9",
+            "divide model.moe.experts=4; set mesh.ep=2",
+        ),
+        ("dit-moe", 2, "engine=zero3 mesh.ep=2", "set engine=zero2, or mesh.ep=1, or engine=fsdp2"),
+        (
+            "dit-moe",
+            2,
+            "engine=zero3 mesh.tp=2",
+            "experts: .* set engine=zero2, or mesh.tp=1",
+        ),
+        (
+            "dit",
+            2,
+            "model.mlp_ratio=1.03 mesh.tp=2",
+            "not divide dim 0 of blocks.0.ffn.fc1",
+        ),
+        ("dit-moe", 2, "model.moe.capacity=0.5", "model.moe.capacity=0.5 must be greater than or"),
+        ("dit-moe", 2, "model.moe.balance=expert_choice", "set both losses to 0, or balance to"),
+    ],
+)
+def test_a_layout_that_does_not_cut_the_model_is_refused(
+    model: str, ranks: int, overrides: str, part: str, refuse: Refuse, digits: Path, tmp_path: Path
+) -> None:
+    config = tiny.write(tmp_path, model, digits, data__global_batch=12)
+    one_message(refuse("train", config, *overrides.split(), "--nproc", ranks), part)
     assert not (tmp_path / "run").exists()
 
 

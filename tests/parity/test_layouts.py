@@ -20,7 +20,7 @@ from tests.parity.table import (
 )
 
 QUICK = {
-    "dit": ("HSDP 2×2", "tp4", "compile", "ZeRO-1×tp2", "ZeRO-3"),
+    "dit": ("HSDP 2×2", "tp4", "ZeRO-1×tp2", "ZeRO-3"),
     "udit": ("tp2", "remat"),
     "dit-moe": ("ep4", "ep2×tp2", "ordered dp2×tp2", "remat×ep2", "ZeRO-2×ep2"),
     "udit-moe": ("dp2×ep2×tp2", "accumulation 4"),

@@ -1,22 +1,23 @@
 """Megatron's linears in the place of ours: values, gradients, boxes, dtypes; its parallel state."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from parallel import launch
+from parallel import launch, remat
 from parallel.mesh import Axis, Degrees, Mesh
 from parallel.shards import Box
 from parallel.tensor import enter
 from tests import ranks
 
 K, N = 6, 8
+Mode = Literal["none", "full", "selective"]
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 2e-2}
 
 
@@ -56,8 +57,22 @@ def close(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
     assert off <= TOLERANCES[dtype], f"off by {off:.1e} in {dtype}"
 
 
-def compare_region(megatron: Any, axis: Axis, dtype: torch.dtype, dims: int, bias: bool) -> None:
-    """enter → column → row, then gathered, against three whole linears in float32."""
+class Region(nn.Module):
+    """A cut region, and a gathered linear behind it."""
+
+    def __init__(self, shares: Sequence[nn.Module], axis: Axis) -> None:
+        super().__init__()
+        self.up, self.down, self.last = shares
+        self.axis = axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.down(self.up(enter(x, self.axis)).tanh()).tanh())
+
+
+def compare(
+    megatron: Any, axis: Axis, dtype: torch.dtype, dims: int, bias: bool, mode: Mode = "none"
+) -> None:
+    """A region against three whole linears in float32."""
     linears = [whole(K, N, bias), whole(N, K, bias), whole(K, N, bias)]
     makes = (megatron.column, megatron.row, megatron.gathered)
     shares = [cut(make, linear, axis) for make, linear in zip(makes, linears, strict=True)]
@@ -65,9 +80,10 @@ def compare_region(megatron: Any, axis: Axis, dtype: torch.dtype, dims: int, bia
     x = torch.randn(*range(2, dims + 1), K).to(dtype)
     theirs, ours = x.float().clone().requires_grad_(), x.clone().requires_grad_()
     up, down, last = linears
-    want = last(down(up(theirs).tanh()))
-    up, down, last = shares
-    got = last(down(up(enter(ours, axis)).tanh()))
+    want = last(down(up(theirs).tanh()).tanh())
+    region = Region(shares, axis)
+    remat.apply([region], remat.RematConfig(mode=mode))
+    got = region(ours)
     assert got.dtype == dtype
     close(got.float(), want, dtype)
     grad = torch.randn_like(want).to(dtype)
@@ -96,7 +112,9 @@ def body() -> None:
     share = megatron.row(whole(N, K, True), mesh.tp)
     assert share.boxes == {"weight": Box((K, N), (0, mesh.tp.rank * N // 2), (K, N // 2))}
     for dtype, dims, bias in itertools.product(TOLERANCES, (2, 3, 4), (True, False)):
-        compare_region(megatron, mesh.tp, dtype, dims, bias)
+        compare(megatron, mesh.tp, dtype, dims, bias)
+    for mode in ("full", "selective"):
+        compare(megatron, mesh.tp, torch.float32, 3, True, mode)
     launch.leave()
 
 

@@ -108,7 +108,7 @@ def test_a_top_k_that_would_flip_does_not_reach_the_gradients(
 
     def flipping(x: Tensor, k: int, dim: int = -1) -> Any:
         calls[0] += 1
-        return honest(x if calls[0] <= layers else -x, k, dim)
+        return honest(x, k, dim, largest=calls[0] <= layers)
 
     monkeypatch.setattr(Tensor, "topk", flipping)
     got = gradients(make(name, mode))
@@ -250,6 +250,7 @@ def test_one_graph_more_than_expected_raises() -> None:
 
 def test_kinds_are_counted_once() -> None:
     remat.compile_units(make("udit-moe").units(), graphs=2, backend="eager")
-    assert torch._dynamo.config.recompile_limit == 2 * 5
+    # the two last stages differ in their resolution alone
+    assert torch._dynamo.config.recompile_limit == 2 * 4
     remat.compile_units(make("dit").units(), graphs=2, backend="eager")
     assert torch._dynamo.config.recompile_limit == 2 * 1
