@@ -193,12 +193,12 @@ class ZeRO:
             for name, tensor in module._buffers.items():
                 if tensor is not None:
                     value = torch.empty_like(tensor, device=self.device)
-                    fill(_join(path, name), value)
+                    fill(f"{path}.{name}".lstrip("."), value)
                     module._buffers[name] = value
             for name, tensor in module._parameters.items():
                 if tensor is None:
                     continue
-                full = _join(path, name)
+                full = f"{path}.{name}".lstrip(".")
                 value = torch.empty_like(tensor, device=self.device, requires_grad=False)
                 fill(full, value)
                 parameter: Any = nn.Parameter(value)
@@ -397,7 +397,3 @@ def _sign_of_experts() -> nn.Module:
             """Nothing: the groups are our mesh's."""
 
     return Sign()
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor, Shard
+from torch.utils._python_dispatch import _disable_current_modes
 
 from parallel.mesh import Mesh
 from parallel.precision import COMPUTE, Precision, policy
@@ -58,6 +59,7 @@ def shard(
             offload_policy=offloading,
             reshard_after_forward=False,
         )
+        _hide_gathers(parts.routers)
     common["reshard_after_forward"] = reshard_after_forward
     experts = {p for module in parts.experts for p in module.parameters()}
     apart = mesh.experts is not mesh.shard
@@ -69,6 +71,7 @@ def shard(
             if own:
                 cut = _expert_cut(experts, mesh.experts.size())
                 fully_shard(own, mesh=mesh.experts, shard_placement_fn=cut, **common)
+                _hide_gathers(own)
         cut = _expert_cut(experts, mesh.shard.size())
         fully_shard(group, mesh=mesh.shard, shard_placement_fn=cut, **common)
     for group, after in zip(together, together[1:], strict=False):
@@ -81,6 +84,18 @@ def shard(
         if mesh.ordered:
             module.set_custom_reduce_scatter(OrderedReduceScatter())
     return model
+
+
+def _hide_gathers(modules: Sequence[nn.Module]) -> None:
+    """Gathering of modules inside a unit becomes invisible to dispatch modes.
+
+    Why: a unit that is recomputed must call the operators of its forward, and in backward these
+    weights are gathered ahead, or not at all.
+    """
+    for module in modules:
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in hooks.items():
+                hooks[key] = _disable_current_modes()(hook)
 
 
 def groups(units: Sequence[nn.Module], least: int, itemsize: int) -> list[list[nn.Module]]:

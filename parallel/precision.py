@@ -4,6 +4,7 @@ Master weights, gradients after reduction, moments and EMA are always fp32. Rout
 whatever the precision (a rounded logit changes the choice of expert).
 """
 
+import os
 from typing import Literal
 
 import torch
@@ -23,3 +24,14 @@ def policy(precision: Precision) -> MixedPrecisionPolicy:
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
+
+
+def make_deterministic() -> None:
+    """Kernels with the same bits in every run; an operator that has none raises. Before any work.
+
+    Source: torch's notes on reproducibility. Sums over ranks are the mesh's business (`ordered`).
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # why: it would write over every fresh buffer, which nothing here reads before it is filled.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[assignment]

@@ -32,12 +32,13 @@ class AdamW:
         values = {name: piece.values for name, piece in pieces.items()}
         self._first = {name: torch.zeros_like(value) for name, value in values.items()}
         self._second = {name: torch.zeros_like(value) for name, value in values.items()}
-        # why: one count a parameter is what the fused kernel wants; they are always equal.
-        self._updates = {
-            name: torch.zeros((), dtype=torch.float32, device=value.device)
-            for name, value in values.items()
-        }
         held = [name for name, value in values.items() if value.numel()]
+        # why: one count a parameter is what the fused kernel wants; they are always equal. The one
+        # that is saved counts for itself, because a rank may hold nothing of any one parameter.
+        self._updates = {
+            name: torch.zeros((), dtype=torch.float32, device=values[name].device) for name in held
+        }
+        self._count = torch.zeros((), dtype=torch.float32)
         matrices = {name for name in held if len(pieces[name].extent.box.shape) >= 2}
         self._groups = [
             ([n for n in held if n in matrices], cfg.weight_decay),
@@ -55,6 +56,7 @@ class AdamW:
         step count bit-identical.
         """
         lr = self._cfg.lr * factor
+        self._count = self._count.to(skip.device) + (~skip).float()
         for names, decay in self._groups:
             if not names:
                 continue
@@ -83,7 +85,7 @@ class AdamW:
 
     def state(self) -> dict[str, Tensor | Piece]:
         """Live tensors by `moment.parameter`, and the one step count all parameters share."""
-        state: dict[str, Tensor | Piece] = {"updates": next(iter(self._updates.values()))}
+        state: dict[str, Tensor | Piece] = {"updates": self._count}
         for name, piece in self._pieces.items():
             state[f"exp_avg.{name}"] = Piece(self._first[name], piece.extent)
             state[f"exp_avg_sq.{name}"] = Piece(self._second[name], piece.extent)
@@ -91,6 +93,5 @@ class AdamW:
 
     def loaded(self) -> None:
         """Spreads the step count over all parameters after `state()` was filled in place."""
-        count, *others = self._updates.values()
-        for other in others:
-            other.copy_(count)
+        for updates in self._updates.values():
+            updates.copy_(self._count)

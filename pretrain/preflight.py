@@ -53,6 +53,7 @@ def check_engine(cfg: Config, sizes: Degrees) -> None:
         int(cfg.engine[-1]),
         sizes,
         experts=getattr(cfg.model, "moe", None) is not None,
+        compiled=cfg.compile,
         deterministic=cfg.deterministic,
     )
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from data_pipeline.loader import Loader
 from parallel import launch
 from parallel.mesh import Mesh, degrees
+from parallel.precision import make_deterministic
 from parallel.reduce import any_rank
 from pretrain import config
 from pretrain.checkpoint import Checkpoint
@@ -48,6 +49,8 @@ def train(cfg: Config) -> None:
     # Assemble: one line a noun. Each takes its own config and what it stands on.
     place = launch.Place.here()
     threads = cfg.threads or launch.default_threads(place)
+    if cfg.deterministic:
+        make_deterministic()
     device = launch.join(place, threads=threads, timeout=timedelta(seconds=cfg.timeout))
     sizes = degrees(cfg.mesh, place.world)
     mesh = Mesh(sizes, device.type, ordered=cfg.deterministic)

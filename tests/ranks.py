@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any
 
 _context = mp.get_context("forkserver")
-_context.set_forkserver_preload(["torch._dynamo", "pretrain.cli", "pretrain.train"])
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # why: or DeepSpeed looks for others, and says so
+_context.set_forkserver_preload(
+    [
+        "torch._dynamo",
+        "pretrain.cli",
+        "pretrain.train",
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+        "parallel.megatron",
+    ]
+)
 
 LIMIT = 120.0  # seconds after which a test's ranks have hung
 
