@@ -90,7 +90,7 @@ def _hide_gathers(modules: Sequence[nn.Module]) -> None:
     """Gathering of modules inside a unit becomes invisible to dispatch modes.
 
     Why: a unit that is recomputed must call the operators of its forward, and in backward these
-    weights are gathered ahead, or not at all.
+    weights are gathered ahead, or not at all. (`parallel.deepspeed` does the same for ZeRO-3.)
     """
     for module in modules:
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
@@ -217,8 +217,9 @@ class FSDP:
         axis = self._mesh.replicate
         for names in self._buckets():
             mine = torch.cat([self.pieces[n].values for n in names])
-            # why: intervals of replicas differ by one value a tensor at most; gloo wants them even.
-            parts = mine.new_empty(axis.size, mine.numel() + len(names))
+            # why: intervals of replicas differ by a value a tensor; a gather wants them even.
+            most = sum(-(-self._shards[n].numel() // axis.size) for n in names)
+            parts = mine.new_empty(axis.size, most)
             parts[axis.rank, : mine.numel()] = mine
             dist.all_gather(list(parts), parts[axis.rank].clone(), group=axis.group)  # dist: same
             for rank, part in enumerate(parts):

@@ -12,7 +12,10 @@ import torch.distributed as dist
 
 @contextmanager
 def rehearsed(rank: int, world: int) -> Iterator[None]:
-    """Inside, this process is `rank` of `world`. Must not be used by a process that has joined."""
+    """Inside, this process is `rank` of `world`; not for a process that has joined.
+
+    Cut a model for one rank a process only: torch remembers placements of an equal mesh.
+    """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -29,7 +30,7 @@ class EMA:
     def state(self) -> dict[str, Piece]:
         """The averages by parameter name; live."""
         pieces = self._backend.pieces
-        return {name: Piece(part, pieces[name].extent) for name, part in self._average.items()}
+        return {n: replace(pieces[n], values=part) for n, part in self._average.items()}
 
     @torch.no_grad()
     def update(self, step: int, skip: Tensor) -> None:

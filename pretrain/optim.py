@@ -5,6 +5,7 @@ exists before the first step, so that a checkpoint loads in place.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat
@@ -87,8 +88,8 @@ class AdamW:
         """Live tensors by `moment.parameter`, and the one step count all parameters share."""
         state: dict[str, Tensor | Piece] = {"updates": self._count}
         for name, piece in self._pieces.items():
-            state[f"exp_avg.{name}"] = Piece(self._first[name], piece.extent)
-            state[f"exp_avg_sq.{name}"] = Piece(self._second[name], piece.extent)
+            state[f"exp_avg.{name}"] = replace(piece, values=self._first[name])
+            state[f"exp_avg_sq.{name}"] = replace(piece, values=self._second[name])
         return state
 
     def loaded(self) -> None:

@@ -23,6 +23,10 @@ def of(cfg: Config, gpus: int, device: str) -> dict[str, Any]:
     """
     if device not in (*MEMORY, "cpu"):
         raise ConfigError(f"--device {device}: known devices are {', '.join(MEMORY)} and cpu")
+    if cfg.engine != "fsdp2":
+        raise ConfigError(
+            f"engine={cfg.engine}: what is planned are the bytes of FSDP2; set engine=fsdp2"
+        )
     mesh = cfg.mesh
     sizes = degrees(mesh, gpus or mesh.dp_replicate * (mesh.dp_shard or 1) * mesh.sp * mesh.tp)
     check_batch(cfg, sizes)
@@ -44,7 +48,8 @@ def of(cfg: Config, gpus: int, device: str) -> dict[str, Any]:
     values["flops_run"] = counted.flops_train_per_image * cfg.data.global_batch * cfg.steps
     values["device"] = device
     if device in MEMORY:
-        values["fits_memory"] = counted.per_rank.total <= MEMORY[device]
+        away = sum(values["built"].values()) if mesh.offload else 0  # in CPU memory
+        values["fits_memory"] = counted.per_rank.total - away <= MEMORY[device]
     return values
 
 

@@ -66,7 +66,7 @@ def _installed(package: str) -> bool:
 
 
 def check_axes(cfg: Config, sizes: Degrees) -> None:
-    """Raises LayoutError if the tensor or the expert axis does not cut the model evenly."""
+    """Raises LayoutError if an axis does not cut the model evenly, or remat chooses nothing."""
     for what, heads in cfg.model.heads().items():
         if heads % sizes.tp:
             raise LayoutError(
@@ -91,7 +91,14 @@ def check_axes(cfg: Config, sizes: Degrees) -> None:
                 "that an MoE layer sees of a micro-batch; change data.global_batch or accum"
             )
     with torch.device("meta"):
-        tensor.check(build(cfg.model), sizes.tp)
+        model = build(cfg.model)
+    tensor.check(model, sizes.tp)
+    units = len(model.units())
+    if cfg.remat.mode != "none" and cfg.remat.every > units:
+        raise LayoutError(
+            f"remat.every={cfg.remat.every} chooses none of the model's {units} units; "
+            f"set remat.every to at most {units}, or remat.mode=none"
+        )
 
 
 def _largest(whole: int, limit: int) -> int:
@@ -106,8 +113,11 @@ def identity(cfg: Config, manifest: Manifest) -> dict[str, dict[str, Any]]:
         "order": cfg.data.order,
         "seed": cfg.seed,
     }
+    model = cfg.model.model_dump(mode="json")
+    for how in ("dispatcher", "capacity"):  # of the layout, not of the model
+        (model.get("moe") or {}).pop(how, None)
     return {
-        "model": cfg.model.model_dump(mode="json"),
+        "model": model,
         "objective": cfg.objective.model_dump(mode="json"),
         "data": data,
     }

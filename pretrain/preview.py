@@ -11,7 +11,7 @@ from torch import Tensor
 from data_pipeline.codecs import open_codec
 from data_pipeline.decode import decode
 from data_pipeline.shards import Manifest
-from parallel.mesh import Axis, Mesh
+from parallel.mesh import Mesh
 from parallel.tensor import gather
 from pretrain import pictures, sampling
 from pretrain.objectives import Objective
@@ -55,7 +55,7 @@ class Preview:
             self._objective,
             self._cfg,
             self._labels,
-            self._mesh.data,
+            self._mesh,
             null=self._null,
             shape=shape,
         )
@@ -69,7 +69,7 @@ def draw_together(
     objective: Objective,
     cfg: SampleConfig,
     labels: Tensor,
-    data: Axis,
+    mesh: Mesh,
     *,
     null: int,
     shape: Sequence[int],
@@ -79,7 +79,9 @@ def draw_together(
     Each data rank draws an equal share, so that all call the sharded model equally often.
     """
     model = state.model
+    data = mesh.data
     share = -(-len(labels) // data.size)
+    share += -share % mesh.tp.size  # ranks of a tp group cut the tokens of an MoE layer evenly
     indices = [i % len(labels) for i in range(data.rank * share, (data.rank + 1) * share)]
     was_training = model.training
     model.eval()

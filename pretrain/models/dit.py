@@ -147,6 +147,15 @@ class DiTMoEConfig(DiTShape):
             out["moe"] = {**PUBLISHED_MOE, **sized, **moe}
         return out
 
+    @model_validator(mode="after")
+    def _has_experts(self) -> "DiTMoEConfig":
+        if self.moe.every > self.depth:
+            raise ValueError(
+                f"moe.every={self.moe.every} leaves none of depth={self.depth} blocks with "
+                "experts; lower moe.every, or set family to dit"
+            )
+        return self
+
 
 class DiT(nn.Module):
     """Latent, time and label to a prediction; dense or with experts in every n-th block."""

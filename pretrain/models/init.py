@@ -19,7 +19,6 @@ from parallel.shards import Box, box_of, local
 # perf: values made at a time; 4 M keeps the float64 normals of one piece near 0.1 GB.
 _PIECE = 1 << 22
 _Draw = Callable[[np.ndarray, int, float], np.ndarray]  # (words, values a row, scale) -> values
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 
 @dataclass(frozen=True)
@@ -137,13 +136,6 @@ def initialise(model: nn.Module, seed: int, zero_std: float = 0.0) -> None:
         fill(name, local(tensor))
 
 
-def logical_name(name: str) -> str:
-    """A parameter's name without what compile, remat and sharding wrappers put into it."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
-
-
 def _fill_rows(local: Tensor, box: Box, stream: "_Stream") -> None:
     if local.numel() == 0:
         return
@@ -184,7 +176,7 @@ class _Stream:
     """Rows of random numbers with an address: Philox in counter mode, keyed by (seed, name)."""
 
     def __init__(self, seed: int, name: str, draw: _Draw, scale: float) -> None:
-        digest = hashlib.blake2b(f"{seed}/{logical_name(name)}".encode(), digest_size=16).digest()
+        digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest()
         self.key = np.frombuffer(digest, dtype=np.uint64)
         self.draw, self.scale = draw, scale
 

@@ -83,6 +83,12 @@ class UDiTConfig(LatentConfig):
         require_multiple("width", self.width, 2, "down-sampling halves it")
         if min(self.depth) < 1:
             raise ValueError(f"depth={list(self.depth)} must be five numbers of at least 1 block")
+        sub_blocks = dict(zip(STAGES, (2 * n for n in self.depth), strict=True))
+        if self.moe and not any(sub_blocks[s] >= self.moe.every for s in self.moe.stages):
+            raise ValueError(
+                f"moe.every={self.moe.every} with moe.stages={list(self.moe.stages)} leaves no "
+                "sub-block with experts; lower moe.every, name stages, or drop moe"
+            )
         for stage in STAGES:
             width = self.stage_width(stage)
             if self.adaln_lora is not None:

@@ -26,7 +26,6 @@ from pretrain.models.init import (
     _Stream,
     _uniform,
     initialise,
-    logical_name,
     xavier_conv,
 )
 from pretrain.models.layers import (
@@ -251,7 +250,6 @@ def test_rows_have_an_address_of_their_own() -> None:
     other["y"].inits["weight"] = Normal(1.0)
     initialise(other, 3)
     assert not torch.equal(tall["x"].weight, other["y"].weight)
-    assert logical_name("blocks.0._orig_mod.attn._checkpoint_wrapped_module.q") == "blocks.0.attn.q"
 
 
 @pytest.mark.parametrize("draw", [_uniform, _normal])
