@@ -82,7 +82,7 @@ def draw_together(
     data = mesh.data
     share = -(-len(labels) // data.size)
     share += -share % mesh.tp.size  # ranks of a tp group cut the tokens of an MoE layer evenly
-    indices = [i % len(labels) for i in range(data.rank * share, (data.rank + 1) * share)]
+    indices = list(range(data.rank * share, (data.rank + 1) * share))  # those past the end fill up
     was_training = model.training
     model.eval()
     with state.ema.swapped():
@@ -90,7 +90,7 @@ def draw_together(
             model,
             objective,
             cfg,
-            labels[indices],
+            labels[[index % len(labels) for index in indices]],
             null=null,
             shape=shape,
             seed=state.seed,
