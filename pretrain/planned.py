@@ -1,5 +1,6 @@
 """`pretrain plan`: a run's configuration to what it needs, as plain values."""
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -16,7 +17,7 @@ MEMORY = {"h100": 80 * 1024**3, "h200": 141 * 10**9}  # bytes a device has, vend
 
 
 def of(cfg: Config, gpus: int, device: str) -> dict[str, Any]:
-    """The plan of a run on `gpus` ranks (0: as many as the mesh says, one if it does not).
+    """The plan of a run on `gpus` ranks (0: as many as the mesh says, or the fewest it needs).
 
     Raises ConfigError for an unknown device or a batch that does not split, LayoutError for degrees
     that do not fit.
@@ -28,7 +29,8 @@ def of(cfg: Config, gpus: int, device: str) -> dict[str, Any]:
             f"engine={cfg.engine}: what is planned are the bytes of FSDP2; set engine=fsdp2"
         )
     mesh = cfg.mesh
-    sizes = degrees(mesh, gpus or mesh.dp_replicate * (mesh.dp_shard or 1) * mesh.sp * mesh.tp)
+    least = mesh.dp_shard or math.ceil(mesh.ep * mesh.etp / (mesh.sp * mesh.tp))
+    sizes = degrees(mesh, gpus or mesh.dp_replicate * least * mesh.sp * mesh.tp)
     check_batch(cfg, sizes)
     check_axes(cfg, sizes)
     layout = plan.Layout(
