@@ -43,15 +43,15 @@ def start(
     return ranks
 
 
-def wait(ranks: Sequence[BaseProcess]) -> list[int | None]:
+def wait(ranks: Sequence[BaseProcess], limit: float = LIMIT) -> list[int | None]:
     """Exit codes; a rank that has hung is killed and fails the test."""
     for process in ranks:
-        process.join(LIMIT)
+        process.join(limit)
     hung = [process for process in ranks if process.is_alive()]
     for process in hung:
         process.kill()
         process.join()
-    assert not hung, f"{len(hung)} ranks had not ended after {LIMIT} s"
+    assert not hung, f"{len(hung)} ranks had not ended after {limit} s"
     return [process.exitcode for process in ranks]
 
 

@@ -28,6 +28,7 @@ from tests.parity import faults
 
 MODELS = ("dit", "udit", "dit-moe", "udit-moe")
 BF16 = ("dit", "dit-moe")  # whose losses are compared in bf16 too
+LONGEST = 900.0  # seconds of a run: compiling a U-DiT takes minutes on a busy CPU
 LOSS, NORM, WEIGHTS = 2e-6, 1e-5, 1e-5  # largest relative difference from one process
 # Of these the true gradient is 0, and Adam turns its rounding noise into weights.
 NOISE_ONLY = ("*.attn.k.bias", "*.k_norm.bias")
@@ -121,7 +122,8 @@ class Runs:
         path = self._config(place, model)
         words = ("train", str(path), f"run_dir={place}", *layout.words, *more)
         log = place / "ranks.log"
-        codes = ranks.wait(ranks.start(faults.train, layout.ranks, fault, *words, log=log))
+        started = ranks.start(faults.train, layout.ranks, fault, *words, log=log)
+        codes = ranks.wait(started, limit=LONGEST)
         said = log.read_text()
         if codes == [2] * layout.ranks:
             raise RefusedError(said.strip().removeprefix("pretrain: "))
