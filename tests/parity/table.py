@@ -61,7 +61,6 @@ LAYOUTS = (
     Layout("remat×ep2", 2, ("remat.mode=full", "mesh.ep=2")),
     Layout("selective remat×dp2×ep2×tp2", 4, ("remat.mode=selective", "mesh.ep=2", "mesh.tp=2")),
     Layout("compile", 1, ("compile=true",)),
-    Layout("compile×tp2", 2, ("compile=true", "mesh.tp=2")),
     Layout("ZeRO-1", 2, ("engine=zero1",)),
     Layout("ZeRO-2", 2, ("engine=zero2",)),
     Layout("ZeRO-3", 2, ("engine=zero3",)),
