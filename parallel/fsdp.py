@@ -199,13 +199,12 @@ class FSDP:
         """Each replica's own interval of every gradient, summed over replicas in their order."""
         axis, reduced = self._mesh.replicate, {}
         for names in self._buckets():
-            sent = [_interval(shards[n], r, axis.size) for r in range(axis.size) for n in names]
-            to = [sum(_interval(shards[n], r, axis.size).numel() for n in names)
-                  for r in range(axis.size)]  # fmt: skip
-            mine = to[axis.rank]
-            parts = sent[0].new_empty(axis.size, mine)
+            sent = [[_interval(shards[n], r, axis.size) for n in names] for r in range(axis.size)]
+            to = [sum(part.numel() for part in parts) for parts in sent]
+            mine, flat = to[axis.rank], torch.cat([part for parts in sent for part in parts])
+            parts = flat.new_empty(axis.size, mine)
             dist.all_to_all_single(  # dist: the replicas of this shard, a bucket each
-                parts.view(-1), torch.cat(sent), [mine] * axis.size, to, group=axis.group
+                parts.view(-1), flat, [mine] * axis.size, to, group=axis.group
             )
             total = parts.sum(dim=0)
             sizes = [self.pieces[n].values.numel() for n in names]

@@ -34,14 +34,14 @@ def parallelize(
     device: torch.device,
 ) -> Backend:
     """The model of `cfg`, cut over `mesh` and initialised from `seed`."""
-    if engine != "fsdp2":
+    if engine == "fsdp2":
+        model = sharded(cfg, layout, mesh, precision, remat)
+    else:
         model = _cut_plainly(cfg, mesh, precision, remat)
-        if compiled:
-            compile_units(model.units())
-        return _zero(model, int(engine[-1]), layout, mesh, cfg.zero_init_std, seed, device)
-    model = sharded(cfg, layout, mesh, precision, remat)
     if compiled:
         compile_units(model.units())
+    if engine != "fsdp2":
+        return _zero(model, int(engine[-1]), layout, mesh, cfg.zero_init_std, seed, device)
     fsdp.materialise(model, device, offload=layout.offload)
     initialise(model, seed, cfg.zero_init_std)
     return fsdp.FSDP(model.train(), mesh, device)

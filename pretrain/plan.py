@@ -52,13 +52,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class PerRank:
-    """Bytes on the fullest rank."""
+    """Bytes on rank 0."""
 
     weights: int  # master weights, float32, sharded
     grads: int  # float32, sharded
     optimizer: int  # two Adam moments, float32, sharded
     ema: int  # one EMA, float32, sharded
-    gathered: int  # weights gathered for compute: all, or two blocks and the root
+    gathered: int  # weights gathered for compute: all, or two units and the root
     activations: int  # see ACTIVATIONS
     total: int
 

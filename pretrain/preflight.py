@@ -86,8 +86,8 @@ def check_axes(cfg: Config, sizes: Degrees) -> None:
     if cfg.compile and moe is not None and sizes.tp * sizes.ep > 1:
         # why: the parity table found losses off by 2e-4 with tp (LOG.md); the cause is not known.
         raise LayoutError(
-            f"compile=true with routed experts on mesh.tp={sizes.tp}, mesh.ep={sizes.ep} does not "
-            "keep the numbers in this version; set compile=false, or mesh.tp=1 mesh.ep=1"
+            f"compile=true with routed experts on mesh.tp={sizes.tp}, mesh.ep={sizes.ep} is not "
+            "known to keep the numbers in this version; set compile=false, or mesh.tp=1 mesh.ep=1"
         )
     micro = cfg.data.global_batch // (sizes.data * cfg.accum)
     for tokens in cfg.model.moe_tokens() if moe is not None else ():

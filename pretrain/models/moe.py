@@ -129,7 +129,7 @@ class Router(nn.Module):
         counts = count_picks(experts.flatten(1), cfg.experts).float()
         tokens = torch.arange(experts.shape[0] * experts.shape[1], device=score.device)
         tokens = tokens.repeat_interleave(cfg.top_k)
-        weights = weights.flatten() * cfg.scale  # why last: FSDP warns of a view given back
+        weights = weights.flatten() * cfg.scale  # why: last, or FSDP warns of a view
         return Picks(experts.flatten(), weights, tokens, cfg.top_k), counts
 
     def _by_expert(self, score: Tensor) -> tuple[Picks, Tensor]:
