@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet
 DEVICE_BUILD := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 
-.PHONY: setup demo test slow parity check format clean
+.PHONY: setup demo test slow parity torture check format clean
 
 setup: .venv/ready
 
@@ -42,6 +42,10 @@ slow: .venv/ready
 # Every model on every layout beside one process.
 parity: .venv/ready
 	$(BIN)/python -m tests.parity.table
+
+# Runs that are killed, stopped and damaged, beside runs that were not; every layout loads every other.
+torture: .venv/ready
+	$(BIN)/python -m tests.torture.table
 
 check: .venv/ready
 	$(BIN)/ruff format --check .

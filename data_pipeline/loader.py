@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from data_pipeline import draws
+from data_pipeline import draws, remote
 from data_pipeline.batch import Batch
 from data_pipeline.codecs import codec_id
 from data_pipeline.cursor import Cursor
@@ -36,7 +36,8 @@ class LoaderConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
 
-    path: str  # directory written by `pretrain data encode`
+    path: str  # directory written by `pretrain data encode`, or its address (http, s3, gs, hf)
+    cache: str | None = None  # of a set behind an address; null: below ~/.cache/dit-pretrain
     split: str = "train"  # split of the set
     global_batch: PositiveInt  # samples a step, all ranks together
     order: Literal["chunks", "samples"] = "chunks"  # mostly sequential reads, or a full shuffle
@@ -52,7 +53,8 @@ def check(cfg: LoaderConfig, *, num_classes: int, channels: int, input_size: int
 
     num_classes, channels and input_size (side of the latent) are the model's. Raises DataError.
     """
-    manifest = Manifest.load(cfg.path)
+    root = remote.here(cfg.path, cfg.cache)
+    manifest = Manifest.load(root)
     split = manifest.split(cfg.split)
     if cfg.codec is not None and codec_id(cfg.codec) != manifest.codec:
         raise DataError(
@@ -71,9 +73,10 @@ def check(cfg: LoaderConfig, *, num_classes: int, channels: int, input_size: int
             f"{input_size}x{input_size}; set model.input_size={height} or encode with another "
             "--size."
         )
-    index = read_index(cfg.path, split)
+    index = read_index(root, split)
     _check_labels(cfg, manifest, index, num_classes)
-    _check_files(cfg, manifest, split, index)
+    if not remote.is_remote(cfg.path):
+        _check_files(cfg, manifest, split, index)
     return manifest
 
 
@@ -121,16 +124,17 @@ class Loader:
                 f"ranks; make it a multiple of {size}."
             )
         self.cfg, self.seed = cfg, seed
-        self.info = Manifest.load(cfg.path)
+        root = remote.here(cfg.path, cfg.cache)
+        self.info = Manifest.load(root)
         split = self.info.split(cfg.split)
         self.count = split.count  # samples in an epoch
-        self._index = read_index(cfg.path, split)
+        self._index = read_index(root, split)
         self._variants = split.variants
         self._order = Order(split.count, self.info.lanes, seed, cfg.order)
         local = cfg.global_batch // size
         self._slots = np.arange(rank * local, (rank + 1) * local, dtype=np.int64)
         self._reader = Reader(
-            cfg.path,
+            root,
             self.info,
             split,
             self._index,
@@ -155,7 +159,8 @@ class Loader:
     def start(self, cursor: Cursor) -> Iterator[tuple[Batch, Cursor]]:
         """Batches from a cursor on, without end, each with the cursor that follows it.
 
-        Raises DataError on the iterating thread when a worker met one.
+        What the cursor passes over is not read. Raises DataError on the iterating thread when a
+        worker met one.
         """
         plan = self._plan(cursor)
         ahead: deque[tuple[Future[Batch], Cursor]] = deque()
@@ -188,13 +193,16 @@ class Loader:
     def _plan(self, cursor: Cursor) -> Iterator[tuple[Cursor, np.ndarray, np.ndarray]]:
         """(cursor after, positions, sample ids) of this rank's part of each batch, without end."""
         total = self.cfg.global_batch
-        steps = np.arange(PLAN, dtype=np.int64)[:, None] * total
+        cursor = cursor.clear(total)
         while True:
-            positions = cursor.position + steps + self._slots
-            # perf: many batches at once; the arithmetic costs a fifth of what it costs one by one
-            for row, ids in zip(positions, self._order.samples(positions), strict=True):
+            starts, afters = [], []
+            for _ in range(PLAN):
+                starts.append(cursor.position)
                 cursor = cursor.advance(total)
-                yield cursor, row, ids
+                afters.append(cursor)
+            positions = np.array(starts, np.int64)[:, None] + self._slots
+            # perf: many batches at once; the arithmetic costs a fifth of what it costs one by one
+            yield from zip(afters, positions, self._order.samples(positions), strict=True)
 
     def _load(self, positions: np.ndarray, ids: np.ndarray) -> Batch:
         """Read, draw and normalise one batch. Runs in a worker thread."""

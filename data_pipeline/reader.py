@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_pipeline import remote
 from data_pipeline.errors import DataError
 from data_pipeline.shards import Manifest, Split
 
@@ -48,6 +49,7 @@ class Reader:
         check_crc: bool,
     ) -> None:
         self.paths = [Path(root) / shard.name for shard in split.shards]
+        self._shards, self._origin = split.shards, remote.origin(Path(root))
         self.index = index
         self.max_bad, self.check_crc = max_bad, check_crc
         self.quarantine: list[BadSample] = []  # grows; in the order of discovery
@@ -148,6 +150,8 @@ class Reader:
     def _open(self, shard: int) -> int:
         with self._lock:
             if shard not in self._fds:
+                if self._origin is not None:
+                    remote.fetch(self._origin, self.paths[shard].parent, self._shards[shard])
                 self._fds[shard] = os.open(self.paths[shard], os.O_RDONLY | os.O_CLOEXEC)
             return self._fds[shard]
 

@@ -25,6 +25,12 @@ MANIFEST = "manifest.json"
 BLOCK = 512  # bytes, the tar block
 
 
+def _plain(name: str, ending: str) -> str:
+    if Path(name).name != name or not name.endswith(ending):
+        raise ValueError(f"must be a plain file name that ends with {ending}")
+    return name
+
+
 class Part(BaseModel):
     """A piece of the manifest: frozen, unknown keys refused."""
 
@@ -42,9 +48,7 @@ class Shard(Part):
     @field_validator("name")
     @classmethod
     def _stays_inside(cls, name: str) -> str:
-        if Path(name).name != name:
-            raise ValueError("a shard name must be a plain file name")
-        return name
+        return _plain(name, ".tar")
 
 
 class Split(Part):
@@ -55,6 +59,11 @@ class Split(Part):
     index: str  # file name inside the set
     index_sha256: str
     shards: list[Shard]
+
+    @field_validator("index")
+    @classmethod
+    def _stays_inside(cls, name: str) -> str:
+        return _plain(name, ".npy")
 
 
 class Manifest(Part):

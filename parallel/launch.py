@@ -74,8 +74,13 @@ def default_threads(place: Place) -> int:
     return max(1, cores // place.local_world)
 
 
-def join(place: Place, *, threads: int, timeout: timedelta) -> torch.device:
-    """Makes the process group; returns the device of this rank."""
+def join(
+    place: Place, *, threads: int, timeout: timedelta, stacks: Path | None = None
+) -> torch.device:
+    """Makes the process group; returns the device of this rank.
+
+    stacks: directory into which every rank writes its stacks when one has failed or hangs.
+    """
     global _watch
     torch.set_num_threads(threads)
     if torch.cuda.is_available():
@@ -104,7 +109,7 @@ def join(place: Place, *, threads: int, timeout: timedelta) -> torch.device:
             board = FolderBoard(Path(f"{os.environ[STORE]}.watch"))
         else:
             board = StoreBoard(c10d._get_default_store())
-        _watch = Watch(board, place.rank, place.world, _broken)
+        _watch = Watch(board, place.rank, place.world, _broken, stacks)
     return device
 
 

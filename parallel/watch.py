@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -92,9 +93,19 @@ class Verdict:
 class Watch:
     """One rank's thread, and the words of its main thread when that one fails."""
 
-    def __init__(self, board: Board, rank: int, world: int, broken: Callable[[], str]) -> None:
-        """broken: what a backend reports about its collectives, "" while all is well."""
+    def __init__(
+        self,
+        board: Board,
+        rank: int,
+        world: int,
+        broken: Callable[[], str],
+        stacks: Path | None = None,
+    ) -> None:
+        """broken: what a backend reports about its collectives, "" while all is well. stacks:
+        where every rank writes its stacks when one has failed.
+        """
         self._board, self._rank, self._world, self._broken = board, rank, world, broken
+        self._stacks = stacks
         self._main = threading.get_ident()
         self._place: str | None = None  # where this rank failed
         self._over = threading.Event()
@@ -128,6 +139,7 @@ class Watch:
         place, _ = place_of(reversed(list(traceback.walk_tb(error.__traceback__))))
         summary = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
         self._place, self._speaking = place, True
+        self._dump(error)
         try:
             if is_consequence(error):
                 return self._ask(place, summary)
@@ -149,6 +161,8 @@ class Watch:
             verdict = self._inspect(place)
             if self._verdict() is None:
                 say(f"rank {self._rank} ended at {place}: {summary}\n{verdict.text}\n")
+                if self._stacks is not None:
+                    say(f"the stacks of all ranks are in {self._stacks}\n")
                 self._post(verdict)
                 return 1
         end = time.monotonic() + 2 * PATIENCE
@@ -234,7 +248,21 @@ class Watch:
         finally:
             os._exit(1)
 
+    def _dump(self, error: BaseException | None = None) -> None:
+        """The stacks of this rank's threads, and the error it ends with."""
+        if self._stacks is None:
+            return
+        with suppress(OSError):  # why: a full disk must not keep a rank from ending
+            self._stacks.mkdir(parents=True, exist_ok=True)
+            with (self._stacks / f"rank_{self._rank:05d}.txt").open("w") as file:
+                if error is not None:
+                    file.writelines(traceback.format_exception(error))
+                file.flush()
+                faulthandler.dump_traceback(file)
+
     def _end(self, verdict: Verdict) -> None:
+        if verdict.code == 1:
+            self._dump()
         if self._rank in verdict.blamed and verdict.code == 1:
             stack = "".join(traceback.format_stack(self._frame()))
             say(f"rank {self._rank} ended because the others waited for it; it stands at\n{stack}")

@@ -1,145 +1,55 @@
-"""Checkpoints: a directory that appears whole or not at all, and the newest whole one restored.
+"""The checkpoints of a run while it trains: saved in the background, restored, rolled back to.
 
-Tensors go through `parallel.storage`; this room owns names, manifest, retention and what fits what.
-`manifest.json` is written last: without it, it is not a checkpoint.
+What a checkpoint directory is, `pretrain.manifest` says; tensors go through `parallel.saving` and
+`parallel.storage`.
 """
 
-import json
 import os
+import secrets
 import shutil
-import sys
+import time
 from collections.abc import Callable
+from datetime import timedelta
+from itertools import count
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, PositiveInt
 
-from parallel import storage
+from data_pipeline.cursor import Cursor
+from parallel import saving, storage
+from parallel.errors import DamagedError
+from parallel.index import INDEX, Index
+from pretrain.manifest import (
+    CheckpointConfig,
+    CheckpointError,
+    changes_of,
+    check_same,
+    differing,
+    expired,
+    is_ephemeral,
+    publish,
+    read_manifest,
+    root,
+    step_of,
+    stored,
+    write_whole,
+)
 from pretrain.state import TrainState
 
-FORMAT = 1  # of the manifest; a newer one is refused
+SLOWEST = timedelta(minutes=30)  # how much longer one rank's disk may take than another's
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that does not fit, or none where one is needed."""
-
-
-class CheckpointConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    every: PositiveInt = 1000  # steps between saves
-    keep: PositiveInt = 3  # newest ones kept
-    keep_every: PositiveInt | None = None  # steps; multiples of it are kept for ever
-
-
-def root(run_dir: Path) -> Path:
-    return run_dir / "checkpoints"
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of one checkpoint.
-
-    Raises CheckpointError if it is missing or broken, of a newer format, or if a file it names is
-    missing or has another size.
-    """
-    path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} has no manifest.json: the save did not finish") from error
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    if manifest.get("format", 0) > FORMAT:
-        raise CheckpointError(
-            f"{folder} has format {manifest['format']}, this version reads up to {FORMAT}; "
-            "install the version that wrote it"
-        )
-    for name, entry in manifest["files"].items():
-        file = folder / name
-        size = file.stat().st_size if file.is_file() else None
-        if size != entry["bytes"]:
-            raise CheckpointError(
-                f"{file} has {'no' if size is None else size} bytes, expected {entry['bytes']}"
-            )
-    return manifest
-
-
-def newest(run_dir: Path, say: Callable[[str], None] = lambda _: None) -> Path | None:
-    """The newest whole checkpoint of a run, None if there is none; `say` hears what others lack."""
-    for folder in sorted(root(run_dir).glob("step_*"), reverse=True):
-        try:
-            read_manifest(folder)
-        except CheckpointError as error:
-            say(str(error))
-            continue
-        return folder
-    return None
-
-
-def locate(place: Path) -> Path:
-    """The checkpoint that a run directory or a checkpoint directory means.
-
-    Damaged ones that are passed over are named on stderr. Raises CheckpointError if none is whole.
-    """
-    if (place / "manifest.json").is_file():
-        return place
-    damaged: list[str] = []
-    folder = newest(place, damaged.append)
-    if folder is None:
-        found = f"{place} {'holds no checkpoint' if place.is_dir() else 'is no directory'}"
-        raise CheckpointError(
-            f"{damaged[0] if damaged else found}; give a run directory with checkpoints/step_*/, "
-            "or one such step directory"
-        )
-    for problem in damaged:
-        print(f"checkpoint skipped: {problem}; the one before it is used", file=sys.stderr)
-    return folder
-
-
-# How the parts of `data` in a manifest are set.
-_SET_BY = {"data.fingerprint": "data.path (SHA-256 of its index)", "data.seed": "seed"}
-_SHOWN = 4  # changes named in one message
-
-
-def check_fit(run_dir: Path, identity: dict[str, dict[str, Any]]) -> None:
-    """Raises CheckpointError if the newest checkpoint in `run_dir` is of another run.
-
-    identity: what must be the same to go on, by part: model, objective, data.
-    """
-    folder = newest(run_dir)
-    if folder is None:
-        return
-    manifest = read_manifest(folder)
-    for part, ours in identity.items():
-        changes = _changes(part, manifest[part], ours)
-        if changes:
-            more = f" and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
-            raise CheckpointError(
-                f"{folder} was made with other {part} settings: {', '.join(changes[:_SHOWN])}"
-                f"{more}; restore them to resume, or set another run_dir to start anew"
-            )
-
-
-def _changes(name: str, theirs: Any, ours: Any) -> list[str]:
-    """`key=now (checkpoint: then)` for every leaf that differs."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        # why: of another family everything differs, and its name says it all
-        keys = sorted(theirs.keys() | ours.keys(), key=lambda k: (k not in ("family", "size"), k))
-        return [c for k in keys for c in _changes(f"{name}.{k}", theirs.get(k), ours.get(k))]
-    if theirs == ours:
-        return []
-    return [f"{_SET_BY.get(name, name)}={_short(ours)} (checkpoint: {_short(theirs)})"]
-
-
-def _short(value: Any) -> str:
-    text = "null" if value is None else "{…}" if isinstance(value, dict) else str(value)
-    return text if len(text) <= 24 else f"{text[:12]}…"
+class NoWayBackError(RuntimeError):
+    """A roll-back that would lead nowhere."""
 
 
 class Checkpoint:
-    """Saves and restores a TrainState in one run directory. Every rank calls every method."""
+    """Saves and restores a TrainState in one run directory. Every rank calls every method.
+
+    A save copies, and returns; a thread writes. One at a time: a new save waits for the last.
+    """
 
     def __init__(
         self,
@@ -153,80 +63,223 @@ class Checkpoint:
         self._run_dir = run_dir
         self._facts = facts
         self._say = say
+        group = dist.new_group(timeout=SLOWEST, backend="gloo")  # dist: once; the thread's own
+        assert isinstance(group, dist.ProcessGroup)
+        self._group = group
+        self._writer: saving.Writer | None = None
+        self._thread: Thread | None = None
+        self._failure: BaseException | None = None
+        self._failed_in_a_row = 0
+        self._at: int | None = None  # step last saved or restored
+        self._back_at: int | None = None  # step last rolled back to
+        token = [secrets.token_hex(3)]
+        dist.broadcast_object_list(token, src=0)  # dist: once
+        self._token = token[0]  # why: ranks of a run that died may still be writing
+
+    def due(self, step: int) -> bool:
+        """Whether this step is saved."""
+        return step % self._cfg.every == 0 or is_ephemeral(self._cfg, step)
 
     def restore(self, state: TrainState) -> bool:
-        """Loads the newest checkpoint that is whole and undamaged; False for a fresh run."""
-        candidates = [sorted(root(self._run_dir).glob("step_*"), reverse=True)]
+        """Loads the newest checkpoint that is whole and undamaged; False for a fresh run.
+
+        Damaged ones are named, set aside, and never deleted. Raises CheckpointError for one that
+        does not fit, OSError for one that cannot be read.
+        """
+        candidates = [stored(self._run_dir)]
         dist.broadcast_object_list(candidates, src=0)  # dist: once, so that all agree on the list
-        for folder in candidates[0]:
-            problem = self._damage(folder)
-            if problem is not None:
-                self._say(f"checkpoint skipped: {problem}; the one before it is used")
+        damaged: list[Path] = []
+        for folder in reversed(candidates[0]):
+            try:
+                manifest = self._load(state, folder)
+            except DamagedError as error:
+                damaged.append(folder)
+                self._say(f"checkpoint skipped: {error}; the one before it is used")
                 continue
-            tensors = state.tensors()
-            storage.read(tensors, folder)
-            state.loaded(read_manifest(folder)["state"])
+            self._set_aside(damaged)
+            self._take(state, manifest)
             return True
+        self._set_aside(damaged)
+        if damaged:
+            state.restart()
+            self._say(f"no checkpoint in {root(self._run_dir)} is whole: the run starts anew")
         return False
 
-    def _damage(self, folder: Path) -> str | None:
-        """What is wrong with a checkpoint, agreed by all ranks; each hashes a part of the files."""
-        problem = None
+    def _load(self, state: TrainState, folder: Path) -> dict[str, Any]:
+        """Fills the tensors; the manifest. Raises DamagedError on all ranks alike."""
+        found: list[Any] = [None, None]
+        if dist.get_rank() == 0:
+            try:
+                found[0] = read_manifest(folder)
+                check_same(folder, found[0], self._facts, self._cfg.accept)
+            except (DamagedError, CheckpointError) as error:
+                found[1] = error
+        dist.broadcast_object_list(found, src=0)  # dist: once a candidate
+        if found[1] is not None:
+            raise found[1]
+        begin = time.perf_counter()
         try:
-            files = sorted(read_manifest(folder)["files"].items())
-            for name, entry in files[dist.get_rank() :: dist.get_world_size()]:
-                if storage.sha256(folder / name) != entry["sha256"]:
-                    problem = f"{folder / name} does not match its checksum"
-        except CheckpointError as error:
-            problem = str(error)
-        found: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, problem)  # dist: once a candidate
-        return next((p for p in found if p is not None), None)
+            storage.read(state.tensors(), folder, Index.from_json(found[0]))
+        except DamagedError:
+            raise
+        except ValueError as error:
+            raise CheckpointError(
+                f"{folder} does not fit this run: {error}; restore the settings it was made with, "
+                "or set another run_dir to start anew"
+            ) from error
+        size = sum(entry["bytes"] for entry in found[0]["files"].values())
+        took = time.perf_counter() - begin
+        self._say(f"restored step {step_of(folder)}: {size / 1e9:.3g} GB read in {took:.3g} s")
+        return found[0]
+
+    def _take(self, state: TrainState, manifest: dict[str, Any]) -> None:
+        """Takes the clock, and says what an accepted change does to the order of the data."""
+        state.loaded(manifest["state"])
+        self._at = state.step
+        theirs, ours = manifest["data"], self._facts["data"]
+        changed = differing(theirs, ours) if theirs is not None else set()
+        if changed - {"global_batch"}:
+            seen, state.cursor = state.cursor.position, Cursor()
+            state.skipped_in_a_row = state.skipped_from = 0  # why: they are places in the old order
+            self._say(
+                f"other data accepted: {', '.join(changes_of('data', theirs, ours))}. The old "
+                f"order ends at position {seen}; the new one begins at position 0, and samples "
+                "that were seen may come again"
+            )
+        elif changed:
+            self._say(
+                f"other global batch accepted: {ours['global_batch']} instead of "
+                f"{theirs['global_batch']}. The order goes on at position {state.cursor.position}, "
+                "no sample is left out or repeated; schedule and noise count steps as before"
+            )
+
+    def _set_aside(self, damaged: list[Path]) -> None:
+        """Why: a damaged one must not be counted among those that are kept."""
+        if dist.get_rank() == 0:
+            for folder in damaged:
+                aside = folder.with_name(f"{folder.name}.damaged")
+                for number in count(2):
+                    if not aside.exists():
+                        break
+                    aside = folder.with_name(f"{folder.name}.damaged{number}")
+                folder.rename(aside)
+                self._say(f"{folder} is set aside as {aside.name}; delete it if it is of no use")
+
+    def roll_back(self, state: TrainState) -> None:
+        """Loads the newest checkpoint again.
+
+        Raises NoWayBackError if there is none, or if it was rolled back to before.
+        """
+        self._join()
+        before = state.step
+        if not self.restore(state):
+            raise NoWayBackError(
+                f"there is no checkpoint before step {before} to roll back to; "
+                "set checkpoint.every lower, lower optim.lr, or look at the data"
+            )
+        if state.step == self._back_at:
+            raise NoWayBackError(
+                f"rolled back to step {state.step} a second time: leaving data out does not help; "
+                "lower optim.lr, lengthen schedule.warmup, or look at the data"
+            )
+        self._back_at = state.step
 
     def save(self, state: TrainState) -> None:
-        """Writes the state of this step; saving a saved step is a no-op."""
-        final = root(self._run_dir) / f"step_{state.step:08d}"
-        done = [(final / "manifest.json").is_file()]
-        dist.broadcast_object_list(done, src=0)  # dist: once a save
-        if done[0]:
+        """Copies the state of this step, which a thread then writes; a saved step is a no-op.
+
+        A save that failed is tried again at the next; raises OSError when two in a row have.
+        """
+        if state.step == self._at:
             return
-        partial = final.with_name(f".{final.name}.partial")
-        if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.rmtree(final, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()  # dist: the directory exists
-        files = storage.write(state.tensors(), partial)
-        if dist.get_rank() == 0:
-            self._publish(partial, final, files, state)
-        dist.barrier()  # dist: the checkpoint is whole
+        self._join()
+        if self._failed_in_a_row > 1:
+            assert self._failure is not None
+            raise self._failure
+        tensors = state.tensors()
+        begin = time.perf_counter()
+        if self._writer is None:
+            self._writer = saving.Writer(tensors, self._group)
+        self._writer.stage(tensors)
+        copied = time.perf_counter() - begin
+        self._at = state.step
+        self._thread = Thread(
+            target=self._flush, args=(state.step, state.scalars(), copied), daemon=True
+        )
+        self._thread.start()
 
-    def _publish(
-        self, partial: Path, final: Path, files: dict[str, Any], state: TrainState
-    ) -> None:
-        manifest = {"format": FORMAT, "state": state.scalars(), "files": files, **self._facts}
-        manifest["torch"] = str(torch.__version__)
-        write_whole(partial / "manifest.json", json.dumps(manifest, indent=1))
-        storage.flush(partial)
-        partial.rename(final)
-        storage.flush(final.parent)
-        write_whole(self._run_dir / "latest", f"{state.step}\n")
-        for folder in self._expired():
+    def wait(self) -> None:
+        """Until the last save is on the disk. Raises OSError if it cannot be had."""
+        self._join()
+        if self._failure is not None:
+            raise self._failure
+
+    def _join(self) -> None:
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        if self._failure is None:
+            self._failed_in_a_row = 0
+            return
+        self._failed_in_a_row += 1
+        self._at = None
+        if not isinstance(self._failure, OSError):
+            raise self._failure
+
+    def _flush(self, step: int, scalars: dict[str, Any], copied: float) -> None:
+        """Runs in the thread. Whether the save is there is the same for all ranks."""
+        assert self._writer is not None
+        final = root(self._run_dir) / f"step_{step:08d}"
+        partial = final.with_name(f".{final.name}.{self._token}.partial")
+        begin = time.perf_counter()
+        try:
+            index, problem = self._writer.write(partial), [None]
+            if index is not None:
+                problem = [self._try_to_publish(partial, final, index, scalars)]
+            dist.broadcast_object_list(problem, src=0, group=self._group)  # dist: once a save
+            if problem[0] is not None:
+                raise OSError(problem[0])
+        except BaseException as error:  # why: nobody looks at what a thread raises
+            self._failure = error
+            if dist.get_rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            self._say(f"step {step} could not be saved: {error}")
+            return
+        self._failure = None
+        took, size = time.perf_counter() - begin, self._writer.bytes * dist.get_world_size()
+        self._say(
+            f"step {step} saved: about {size / 1e9:.3g} GB, copied in {copied:.3g} s, "
+            f"on the disk {took:.3g} s later"
+        )
+        self._warn_of_torchrun(took + copied)
+
+    def _try_to_publish(
+        self, partial: Path, final: Path, index: Index, scalars: dict[str, Any]
+    ) -> str | None:
+        """Why the checkpoint is not there, None if it is."""
+        try:
+            publish(partial, final, index, scalars, self._facts)
+        except Exception as error:  # why: the others must hear of it, or they would wait
+            return f"{final} cannot be completed: {error}"
+        try:
+            write_whole(self._run_dir / "latest", f"{step_of(final)}\n")
+            self._remove_expired()
+        except OSError as error:
+            self._say(f"step {step_of(final)} is saved, but old ones are not tidied up: {error}")
+        return None
+
+    def _remove_expired(self) -> None:
+        whole = {step_of(f): f for f in stored(self._run_dir) if (f / INDEX).is_file()}
+        for step in expired(self._cfg, list(whole)):
             # why: renamed first, so that a kill while deleting leaves no half checkpoint behind.
-            dying = folder.rename(folder.with_name(f".{folder.name}.expired"))
-            shutil.rmtree(dying)
+            path = whole[step]
+            shutil.rmtree(path.rename(path.with_name(f".{path.name}.expired")))
 
-    def _expired(self) -> list[Path]:
-        folders = sorted(root(self._run_dir).glob("step_*"))
-        whole = [f for f in folders if (f / "manifest.json").is_file()]
-        old = whole[: -self._cfg.keep]
-        forever = self._cfg.keep_every
-        return [f for f in old if forever is None or int(f.name.split("_")[1]) % forever]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replaces a small file so that a reader sees the old text or the new, never a part."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    storage.flush(partial)
-    os.replace(partial, path)
+    def _warn_of_torchrun(self, seconds: float) -> None:
+        """Why: torchrun kills the ranks so long after a SIGTERM, whatever they are doing."""
+        patience = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
+        if "TORCHELASTIC_RUN_ID" in os.environ and seconds > patience / 2:
+            self._say(
+                f"a save takes {seconds:.0f} s and torchrun kills ranks {patience:.0f} s after a "
+                f"SIGTERM; start it with TORCH_ELASTIC_SHUTDOWN_TIMEOUT={4 * seconds:.0f}"
+            )

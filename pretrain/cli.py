@@ -16,10 +16,11 @@ from rich.table import Table
 
 from data_pipeline.errors import DataError
 from parallel import launch
-from parallel.errors import LayoutError
+from parallel.errors import DamagedError, LayoutError
 from pretrain import config
-from pretrain.checkpoint import CheckpointError
 from pretrain.evaluate import EvaluationError
+from pretrain.layouts.rules import WeightsError
+from pretrain.manifest import CheckpointError
 from pretrain.metrics import LogError
 from pretrain.run import RunError
 from pretrain.sampling import SamplingError
@@ -28,7 +29,9 @@ INPUT_ERRORS = (
     config.ConfigError,
     LayoutError,
     DataError,
+    DamagedError,
     CheckpointError,
+    WeightsError,
     SamplingError,
     EvaluationError,
     LogError,
@@ -38,10 +41,15 @@ INPUT_ERRORS = (
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 data = typer.Typer(no_args_is_help=True, help="Images to shards, and what is in them.")
 app.add_typer(data, name="data")
+bench = typer.Typer(
+    no_args_is_help=True, help="Parts of the program beside what the machine gives."
+)
+app.add_typer(bench, name="bench")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")]
 Place = Annotated[Path, typer.Argument(metavar="RUN|CKPT", help="Run or checkpoint directory.")]
+Which = Annotated[str, typer.Option("--weights", help="ema | model | another average held.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -99,12 +107,12 @@ def sample(
         str | None, typer.Option(help="all | 3 (as DiT published)")
     ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    weights: Annotated[str, typer.Option(help="ema | model")] = "ema",
+    weights: Which = "ema",
 ) -> None:
     """Draw pictures from a trained model."""
     from pretrain import pictures, trained
 
-    opened = trained.Trained.load(place, trained.weights_named(weights))
+    opened = trained.Trained.load(place, weights)
     cfg = opened.sampling(
         sampler=sampler,
         steps=steps,
@@ -121,18 +129,18 @@ def sample(
 def evaluate(
     place: Place,
     count: Annotated[int, typer.Option(min=2, help="Pictures, in equal numbers a class.")] = 500,
-    data_path: Annotated[Path | None, typer.Option("--data", help="Shards of real images.")] = None,
+    data_path: Annotated[str | None, typer.Option("--data", help="Shards of real images.")] = None,
     sampler: Annotated[str | None, typer.Option(help="ddpm | ddim | euler | heun")] = None,
     steps: Annotated[int | None, typer.Option(min=1)] = None,
     guidance: Annotated[float | None, typer.Option(help="1: none.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    weights: Annotated[str, typer.Option(help="ema | model")] = "ema",
+    weights: Which = "ema",
     as_json: AsJson = False,
 ) -> None:
     """Score samples: class agreement and Fréchet distance on a small classifier's features."""
     from pretrain import trained
 
-    opened = trained.Trained.load(place, trained.weights_named(weights))
+    opened = trained.Trained.load(place, weights)
     cfg = opened.sampling(sampler=sampler, steps=steps, guidance=guidance)
     scores, _ = opened.score(cfg, count=count, seed=seed, data=data_path)
     _show({"checkpoint": str(opened.folder), "step": opened.step, **asdict(scores)}, as_json)
@@ -140,14 +148,97 @@ def evaluate(
 
 @app.command()
 def inspect(
-    place: Place,
+    places: Annotated[list[Path], typer.Argument(metavar="RUN|CKPT...")],
     digest: Annotated[bool, typer.Option(help="One SHA-256 per full logical tensor.")] = False,
+    diff: Annotated[bool, typer.Option(help="How two differ; exit code 1 if they do.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """What is in a checkpoint."""
+    """What is in a checkpoint, or with --diff how two differ."""
     from pretrain import inspection
 
-    _show(inspection.contents(place, digest=digest), as_json)
+    if len(places) != 1 + diff or (diff and digest):
+        raise config.ConfigError(
+            f"{len(places)} places given; inspect takes one, or two with --diff (no --digest then)"
+        )
+    if not diff:
+        return _show(inspection.contents(places[0], digest=digest), as_json)
+    report = inspection.differences(places[0], places[1])
+    _show(report, as_json)
+    raise typer.Exit(0 if report["same"] else 1)
+
+
+@app.command(name="import")
+def import_(
+    file: Annotated[Path, typer.Argument(help=".safetensors, its index, .pt or .pth")],
+    family: Annotated[str, typer.Option(help="dit | dit-moe | udit")],
+    overrides: Overrides = None,
+    path: Annotated[
+        Path | None, typer.Option("--config", help="YAML file; default: told by the file.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory; default: runs/FILE.")] = None,
+) -> None:
+    """Published weights to a run directory: sampled, exported or trained from like any other."""
+    from pretrain import imports
+
+    print(
+        *imports.import_weights(file, family, path=path, out=out, overrides=overrides or []),
+        sep="\n",
+    )
+
+
+@app.command()
+def export(
+    place: Place,
+    to: Annotated[str, typer.Option(help="safetensors | diffusers (plain DiT)")],
+    weights: Which = "ema",
+    names: Annotated[str, typer.Option(help="official (where published) | own")] = "official",
+    out: Annotated[Path | None, typer.Option(help="Directory; default: RUN/export/…")] = None,
+    dtype: Annotated[str, typer.Option(help="fp32 | bf16")] = "fp32",
+    shard_gb: Annotated[float, typer.Option(help="Largest file, in GB.")] = 4.0,
+) -> None:
+    """Weights of a checkpoint for other programs."""
+    from pretrain import export as exporting
+
+    lines = exporting.export(
+        place, to, weights=weights, names=names, out=out, dtype=dtype, shard_gb=shard_gb
+    )
+    print(*lines, sep="\n")
+
+
+@app.command()
+def merge(
+    places: Annotated[list[Path], typer.Argument(metavar="RUN|CKPT...")],
+    out: Annotated[Path, typer.Option(help="Checkpoint directory to write.")],
+    weights: Annotated[str | None, typer.Option(help="ema (default) | model | …")] = None,
+    by: Annotated[str | None, typer.Option(help="Factors 1,2,3; default: equal.")] = None,
+    std: Annotated[
+        float | None, typer.Option(help="Rebuild the average of this relative length.")
+    ] = None,
+) -> None:
+    """The mean of checkpoints, or a power-function average of another length."""
+    from pretrain import merge as merging
+
+    print(*merging.merge(places, out, weights=weights, by=by, std=std), sep="\n")
+
+
+@bench.command()
+def checkpoint(
+    params: Annotated[float, typer.Option(min=1, help="Parameters; 16 bytes each.")] = 2e8,
+    nproc: Annotated[int, typer.Option(min=0, help="Local ranks; 0: this process alone.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Medians of so many.")] = 5,
+    where: Annotated[Path, typer.Option("--dir", help="On the disk to measure.")] = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """What a save costs beside a plain copy, and its writing beside dd with fsync."""
+    from pretrain import bench as benches
+
+    if nproc and launch.STORE not in os.environ and launch.Place.here().world == 1:
+        command = [sys.executable, "-m", "pretrain", *sys.argv[1:]]
+        raise typer.Exit(launch.spawn(command, nproc))
+    with launch.guarded(INPUT_ERRORS):
+        found = benches.checkpoint(int(params), where, rounds)
+    if launch.Place.here().rank == 0:
+        _show(found, as_json)
 
 
 @data.command()

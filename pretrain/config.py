@@ -26,8 +26,9 @@ from data_pipeline.loader import LoaderConfig
 from parallel.mesh import Degrees, MeshConfig
 from parallel.precision import Precision
 from parallel.remat import RematConfig
-from pretrain.checkpoint import CheckpointConfig
 from pretrain.ema import EMAConfig
+from pretrain.guard import GuardConfig
+from pretrain.manifest import CheckpointConfig
 from pretrain.metrics import LogConfig
 from pretrain.models.build import ModelConfig
 from pretrain.objectives import DDPM, ObjectiveConfig
@@ -53,6 +54,7 @@ class Config(BaseModel):
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig
     ema: EMAConfig = EMAConfig()
+    guard: GuardConfig = GuardConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
@@ -67,7 +69,6 @@ class Config(BaseModel):
     accum: PositiveInt = 1  # micro-batches a step
     deterministic: bool = False  # sums over ranks in rank order, whatever the topology
     clip: PositiveFloat | None = 1.0  # largest gradient norm; null: no clipping
-    max_skips: PositiveInt = 20  # skipped steps in a row that end the run
     threads: PositiveInt | None = None  # CPU threads a rank; null: its share of the cores
     timeout: PositiveInt = 600  # seconds a collective may take
 

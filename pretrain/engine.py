@@ -1,10 +1,11 @@
-"""One training step: accumulate, reduce, guard, update. Saves nothing and logs nothing.
+"""One training step: accumulate, reduce, guard, update. Saves nothing; says what it left out.
 
 The step costs one collective of its own beside the backend's: loss, gradient norm, the stop flag
 and expert counts travel together. What it decides is read one step later from an asynchronous copy.
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import Batch
+from data_pipeline.cursor import Stretch
 from parallel.mesh import Mesh
 from parallel.reduce import ordered_sum, sum_of_squares
 from pretrain import balance
+from pretrain.guard import reasons
 from pretrain.models.moe import MoEConfig, Routing, moe_layers
 from pretrain.noise import Draws, draw
 from pretrain.objectives import Objective
@@ -29,7 +32,7 @@ class StepConfig:
     global_batch: int
     steps: int  # length of the run
     accum: int
-    max_skips: int  # skipped steps in a row that end the run
+    max_skips: int  # skipped steps in a row that the run goes back for
     clip: float | None  # largest gradient norm
     label_dropout: float  # share of labels replaced by the null label
     dropout_draws: int  # 1, or one a label table (published U-DiT)
@@ -50,8 +53,14 @@ class Metrics:
     lr: float
 
 
-class TooManySkipsError(RuntimeError):
-    """The run does not recover by leaving steps out."""
+@dataclass(frozen=True)
+class _Pending:
+    """A step whose outcome is on its way to the host."""
+
+    step: int  # as in metrics.jsonl
+    data: Stretch  # what made it
+    values: Tensor  # (6,): stop, skip, loss, gradient norm, and the limits of these two
+    arrived: torch.cuda.Event | None  # None: it is there
 
 
 class Engine:
@@ -64,7 +73,9 @@ class Engine:
         schedule: ScheduleConfig,
         cfg: StepConfig,
         mesh: Mesh,
+        say: Callable[[str], None],
     ) -> None:
+        """say: hears once of every step that was left out, and why."""
         self._state = state
         self._mesh = mesh
         self._objective = objective
@@ -73,8 +84,10 @@ class Engine:
         self._layers = moe_layers(state.model)
         self._device = state.backend.device
         self._dropped = torch.zeros((), dtype=torch.float64, device=self._device)
-        self._pending: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        self._say = say
+        self._pending: deque[_Pending] = deque()
         self.stop = False  # all ranks have agreed to stop
+        self.lost: Stretch | None = None  # data whose steps were skipped `max_skips` times in a row
 
     def step(self, batch: Batch, *, stop: bool = False) -> Metrics:
         """One update from this rank's slots. stop: this rank was asked to stop."""
@@ -99,54 +112,68 @@ class Engine:
         total = ordered_sum(local)  # dist: every rank, once a step
         norm, stop, loss, dropped = total[0].sqrt(), total[1], total[2], total[3]
         load = total[4:].view(shape)
-        skip = ~(torch.isfinite(loss) & torch.isfinite(norm))
+        judged = torch.stack([loss, norm])
+        skip, limits = state.guard.judge(judged)
         divisor = torch.ones_like(norm) if cfg.clip is None else (norm / cfg.clip).clamp(min=1.0)
         divisor = torch.where(skip, torch.ones_like(divisor), divisor)
         factor = self._schedule(state.step, cfg.steps)
         lr = state.optimizer.step(gradients, factor, divisor, skip)
-        state.ema.update(state.step, skip)
+        state.ema.update(state.step, state.optimizer.updates, skip)
         if cfg.moe is not None and cfg.moe.balance == "bias":
             biases = [layer.router.bias for layer in self._layers]
             balance.update_biases(biases, load.sum(dim=1), cfg.moe.bias_rate, skip)
-        self._report(torch.stack([stop, skip.double()]))
+        self._report(torch.cat([torch.stack([stop, skip.double()]), judged, limits]))
         self._dropped = self._dropped + dropped
         return Metrics(loss, norm, skip.double(), load, self._dropped, lr)
+
+    @property
+    def position(self) -> int:
+        """Of the batch that the next `state.advance` puts behind us."""
+        return self._state.cursor.clear(self._cfg.global_batch).position
 
     def settle(self, *, everything: bool = False) -> bool:
         """Takes note of what past steps decided; whether any of them agreed to stop.
 
-        The newest step is left in flight unless `everything`, as a checkpoint needs. Raises
-        TooManySkipsError after `max_skips` skipped steps in a row, on all ranks alike.
+        The newest step is left in flight unless `everything`, as a checkpoint needs, or a stop.
+        After `max_skips` skipped steps in a row `lost` is set, on all ranks alike, until `forget`.
         """
-        while len(self._pending) > (0 if everything else 1):
-            values, event = self._pending.popleft()
-            if event is not None:
-                event.synchronize()  # sync: a copy started a step ago
-            self.stop = self.stop or bool(values[0] > 0)
-            self._count(skipped=bool(values[1] > 0))
+        while self.lost is None and len(self._pending) > (0 if everything or self.stop else 1):
+            past = self._pending.popleft()
+            if past.arrived is not None:
+                past.arrived.synchronize()  # sync: a copy started a step ago
+            stop, skip, loss, norm, *limits = past.values.tolist()
+            self.stop = self.stop or stop > 0
+            if skip:
+                self._say(reasons(past.step, (loss, norm), (limits[0], limits[1])))
+            self._count(past.data, skipped=skip > 0)
         return self.stop
 
-    def _count(self, *, skipped: bool) -> None:
+    def forget(self) -> None:
+        """Drops what steps have decided that a roll-back undid."""
+        self._pending.clear()
+        self.lost = None
+
+    def _count(self, data: Stretch, *, skipped: bool) -> None:
         state = self._state
-        state.skipped += skipped
-        state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
+        if not skipped:
+            state.skipped_in_a_row = state.skipped_from = 0
+            return
+        if state.skipped_in_a_row == 0:
+            state.skipped_from = data[0]
+        state.skipped += 1
+        state.skipped_in_a_row += 1
         if state.skipped_in_a_row >= self._cfg.max_skips:
-            raise TooManySkipsError(
-                f"{state.skipped_in_a_row} steps in a row up to about step {state.step} had a loss "
-                "or gradient that is not finite and were skipped "
-                f"(max_skips={self._cfg.max_skips}); "
-                "lower optim.lr, lengthen schedule.warmup, or look at the data"
-            )
+            self.lost = (state.skipped_from, data[1])
 
     def _report(self, values: Tensor) -> None:
+        arrived = None
         if values.is_cuda:
-            host = torch.empty(2, dtype=torch.float64, pin_memory=True)
-            host.copy_(values, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self._pending.append((host, event))
-        else:
-            self._pending.append((values, None))
+            host = torch.empty(len(values), dtype=torch.float64, pin_memory=True)
+            values = host.copy_(values, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        data = (self.position, self.position + self._cfg.global_batch)
+        self._pending.append(_Pending(self._state.step + 1, data, values, arrived))
 
     def _accumulate(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of a step; this rank's loss sum (), load (L, T, E) and dropped picks ()."""

@@ -8,7 +8,6 @@ to write to. Also here: summaries of the expert load of MoE.
 """
 
 import atexit
-import json
 import math
 import os
 import secrets
@@ -23,6 +22,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
+
+from pretrain.lines import Lines, cut
 
 Pick = Callable[[list[float]], float]
 WandbMode = Literal["offline", "online", "disabled"]
@@ -53,6 +54,7 @@ class LogConfig(BaseModel):
     wandb: WandbMode = "offline"  # the variable WANDB_MODE goes before it
     wandb_project: str = "dit-pretrain"  # wandb project
     time_bins: int = Field(4, ge=1)  # timestep bins of the MoE load
+    sample_ids: bool = False  # every sample of every step, in RUN/seen (pretrain/seen.py)
 
 
 class _Sink:
@@ -61,6 +63,7 @@ class _Sink:
     def record(self, step: int, values: Mapping[str, Any]) -> None: ...
     def say(self, text: str) -> None: ...
     def tick(self, step: int) -> None: ...
+    def rewind(self, step: int) -> None: ...
     def picture(self, step: int, name: str, path: Path) -> None: ...
     def close(self) -> None: ...
 
@@ -92,8 +95,8 @@ class Log:
         mode = _wandb_mode(cfg)
         if mode != "disabled":
             self._sinks.append(_Wandb(mode, cfg.wandb_project, name, folder, dict(settings or {})))
-        truncate(folder, start)
-        self._sinks += [_Lines(folder), _Text(folder), _console(steps, start)]
+        cut(folder / METRICS, start)
+        self._sinks += [_Lines(folder / METRICS), _Text(folder), _console(steps, start)]
 
     def train(self, step: int, values: Mapping[str, Any]) -> None:
         """One record. Values are numbers, arrays, tensors, strings, or lists and dicts of them."""
@@ -114,6 +117,11 @@ class Log:
         for sink in self._sinks:
             sink.tick(step)
 
+    def rewind(self, step: int) -> None:
+        """The run goes on from this earlier step: metrics.jsonl is cut back to it."""
+        for sink in self._sinks:
+            sink.rewind(step)
+
     def picture(self, step: int, name: str, path: str | Path) -> None:
         """A picture file that was written."""
         for sink in self._sinks:
@@ -129,31 +137,6 @@ class Log:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def truncate(run_dir: str | Path, step: int) -> int:
-    """Cuts metrics.jsonl back to its whole lines of at most this step; returns how many it dropped.
-
-    The file is replaced in one move, so a kill leaves the old or the new one. No file is no error.
-    """
-    path = Path(run_dir) / METRICS
-    if not path.exists():
-        return 0
-    half = path.with_name(METRICS + ".part")
-    dropped = 0
-    with path.open("rb") as old, half.open("wb") as new:
-        for line in old:
-            if _belongs(line, step):
-                new.write(line)
-            else:
-                dropped += 1
-        new.flush()
-        os.fsync(new.fileno())
-    if dropped:
-        os.replace(half, path)
-    else:
-        half.unlink()
-    return dropped
 
 
 def moe_load(counts: Tensor) -> dict[str, Any]:
@@ -208,15 +191,6 @@ def _worst_by_time(layers: list[dict[str, Any]], key: str, pick: Pick) -> list[f
     return [_worst(of_a_bin, pick) for of_a_bin in bins]
 
 
-def _belongs(line: bytes, step: int) -> bool:
-    if not line.endswith(b"\n"):
-        return False
-    try:
-        return int(json.loads(line)["step"]) <= step
-    except (ValueError, KeyError, TypeError):
-        return False
-
-
 def _plain(value: Any) -> Any:
     """What JSON can hold, at full precision; a number that is not finite becomes None."""
     if isinstance(value, torch.Tensor):
@@ -256,18 +230,19 @@ def _shown(values: Mapping[str, Any]) -> str:
 
 
 class _Lines(_Sink):
-    """metrics.jsonl: one object a record, in the system's hands at the end of each line."""
+    """metrics.jsonl: one object a record."""
 
-    def __init__(self, folder: Path) -> None:
-        self._file = (folder / METRICS).open("a", encoding="utf-8")
+    def __init__(self, path: Path) -> None:
+        self._lines = Lines(path)
 
     def record(self, step: int, values: Mapping[str, Any]) -> None:
-        line = json.dumps({"step": step, **values}, allow_nan=False)
-        self._file.write(line + "\n")
-        self._file.flush()
+        self._lines.append(step, values)
+
+    def rewind(self, step: int) -> None:
+        self._lines.rewind(step)
 
     def close(self) -> None:
-        self._file.close()
+        self._lines.close()
 
 
 class _Text(_Sink):
@@ -325,6 +300,9 @@ class _Bar(_Sink):
 
     def tick(self, step: int) -> None:
         self._progress.update(self._task, completed=step)
+
+    def rewind(self, step: int) -> None:
+        self.tick(step)
 
     def close(self) -> None:
         self._progress.stop()

@@ -84,6 +84,11 @@ class AdamW:
             )
         return lr
 
+    @property
+    def updates(self) -> Tensor:
+        """How many updates were made, (), float32; steps left out are not among them."""
+        return self._count
+
     def state(self) -> dict[str, Tensor | Piece]:
         """Live tensors by `moment.parameter`, and the one step count all parameters share."""
         state: dict[str, Tensor | Piece] = {"updates": self._count}
@@ -91,6 +96,12 @@ class AdamW:
             state[f"exp_avg.{name}"] = replace(piece, values=self._first[name])
             state[f"exp_avg_sq.{name}"] = replace(piece, values=self._second[name])
         return state
+
+    def restart(self) -> None:
+        """As before the first update."""
+        for values in (*self._first.values(), *self._second.values(), self._count):
+            values.zero_()
+        self.loaded()
 
     def loaded(self) -> None:
         """Spreads the step count over all parameters after `state()` was filled in place."""

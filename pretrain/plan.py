@@ -44,6 +44,7 @@ class Layout:
     reshard_after_forward: bool = True  # free gathered weights between forward and backward
     unit_bytes: int = 0  # neighbouring blocks below this together are gathered as one
     remat: RematConfig = RematConfig()
+    averages: int = 1  # EMAs of the weights
 
     @property
     def global_batch(self) -> int:
@@ -57,7 +58,7 @@ class PerRank:
     weights: int  # master weights, float32, sharded
     grads: int  # float32, sharded
     optimizer: int  # two Adam moments, float32, sharded
-    ema: int  # one EMA, float32, sharded
+    ema: int  # all EMAs, float32, sharded
     gathered: int  # weights gathered for compute: all, or two units and the root
     activations: int  # see ACTIVATIONS
     total: int
@@ -165,7 +166,7 @@ def _per_rank(model: Model, cost: Cost, layout: Layout) -> PerRank:
         # why: replicas reduce into the part they own, beside the gradient of the whole shard.
         "grads": (shard + (own if layout.sizes.dp_replicate > 1 else 0)) * _MASTER,
         "optimizer": 2 * own * _MASTER,
-        "ema": own * _MASTER,
+        "ema": layout.averages * own * _MASTER,
         "gathered": whole * item,
         "activations": activations(model, cost, layout.remat) * layout.micro_batch,
     }

@@ -41,6 +41,7 @@ def of(cfg: Config, gpus: int, device: str) -> dict[str, Any]:
         reshard_after_forward=mesh.reshard_after_forward,
         unit_bytes=mesh.unit_mb << 20,
         remat=cfg.remat,
+        averages=len(cfg.ema.names),
     )
     counted = plan.plan(cfg.model, layout)
     values = asdict(counted)
@@ -70,5 +71,5 @@ def built(cfg: Config, sizes: Degrees, rank: int = 0) -> dict[str, int]:
         "weights": held,
         "grads": held + (own if sizes.dp_replicate > 1 else 0),
         "optimizer": 2 * own,
-        "ema": own,
+        "ema": len(cfg.ema.names) * own,
     }

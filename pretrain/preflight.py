@@ -11,8 +11,9 @@ from data_pipeline.shards import Manifest
 from parallel import deepspeed, tensor
 from parallel.errors import LayoutError
 from parallel.mesh import Degrees, degrees
-from pretrain import checkpoint, config, run, sampling
+from pretrain import config, run, sampling
 from pretrain.config import Config
+from pretrain.manifest import check_fit
 from pretrain.models.build import build
 
 
@@ -34,7 +35,7 @@ def preflight(cfg: Config, world: int) -> Manifest:
     if cfg.sample.every:
         sampling.check(cfg.sample, cfg.objective)
     run.check_place(Path(cfg.run_dir))
-    checkpoint.check_fit(Path(cfg.run_dir), identity(cfg, manifest))
+    check_fit(Path(cfg.run_dir), identity(cfg, manifest), cfg.ema.names, cfg.checkpoint.accept)
     return manifest
 
 
@@ -111,14 +112,21 @@ def _largest(whole: int, limit: int) -> int:
     return max(d for d in range(1, limit + 1) if whole % d == 0)
 
 
-def identity(cfg: Config, manifest: Manifest) -> dict[str, dict[str, Any]]:
-    """What must be the same for a run to go on: model, objective, data and its order."""
-    data = {
-        "fingerprint": manifest.split(cfg.data.split).index_sha256,
-        "global_batch": cfg.data.global_batch,
-        "order": cfg.data.order,
-        "seed": cfg.seed,
-    }
+def identity(cfg: Config, manifest: Manifest | None) -> dict[str, Any]:
+    """What must be the same for a run to go on: model, objective, data and its order.
+
+    manifest: of the data; None if none was read yet.
+    """
+    data = (
+        None
+        if manifest is None
+        else {
+            "fingerprint": manifest.split(cfg.data.split).index_sha256,
+            "global_batch": cfg.data.global_batch,
+            "order": cfg.data.order,
+            "seed": cfg.seed,
+        }
+    )
     model = cfg.model.model_dump(mode="json")
     for how in ("dispatcher", "capacity"):  # of the layout, not of the model
         (model.get("moe") or {}).pop(how, None)

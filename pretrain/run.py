@@ -1,7 +1,8 @@
 """The run directory: what is written beside the checkpoints, and how a run is asked to stop.
 
 The signal contract: SIGTERM, SIGINT or a file `stop` in the directory asks; all ranks agree in the
-step's own reduction, save, and end with 0; `done` appears only at the last step.
+step's own reduction, save, and end with 0; `done` appears only at the last step. A second signal
+some seconds later ends a rank at once.
 """
 
 import contextlib
@@ -22,7 +23,9 @@ from typing import Any, TextIO
 
 import torch
 
-from pretrain.checkpoint import root, write_whole
+from pretrain.manifest import root, write_whole
+
+SAME_REQUEST = 5.0  # seconds after a signal from which on another one means: do not save
 
 
 class RunError(ValueError):
@@ -44,18 +47,25 @@ class Run:
         self.folder = folder
         self._writes = rank == 0
         self._lock: TextIO | None = None
-        self._signalled = False
+        self._signalled_at: float | None = None
         if self._writes:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(folder)
-            for leftover in root(folder).glob(".step_*"):
-                shutil.rmtree(leftover)
+            for ending in ("partial", "expired"):
+                for leftover in root(folder).glob(f".step_*.{ending}"):
+                    shutil.rmtree(leftover, ignore_errors=True)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._note)
 
     def _note(self, _number: int, _frame: object) -> None:
-        self._signalled = True
+        """Why the pause: torchrun and Slurm deliver one request to a rank twice at once."""
+        now = time.monotonic()
+        if self._signalled_at is None:
+            self._signalled_at = now
+        elif now - self._signalled_at >= SAME_REQUEST:
+            os.write(2, b"a second request to stop: the rank ends without saving\n")
+            os._exit(1)
 
     def describe(self, config: str, steps: int, facts: dict[str, Any]) -> None:
         """Writes config.yaml and environment.json; a larger `steps` removes `done`."""
@@ -64,19 +74,25 @@ class Run:
         write_whole(self.folder / "config.yaml", config)
         write_whole(self.folder / "environment.json", json.dumps(environment() | facts, indent=1))
         done = self.folder / "done"
-        if done.is_file() and int(done.read_text() or 0) < steps:
-            done.unlink()
+        if done.is_file():
+            reached = done.read_text().strip()
+            if not reached.isdecimal() or int(reached) < steps:
+                done.unlink()
 
     def say(self, text: str) -> None:
         """A sentence for people, once: console and log.txt."""
         if self._writes:
             print(text, flush=True)
-            with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
+            # why: what is said is not worth a run whose disk is full.
+            with (
+                contextlib.suppress(OSError),
+                (self.folder / "log.txt").open("a", encoding="utf-8") as file,
+            ):
                 file.write(f"{datetime.now().isoformat(sep=' ', timespec='seconds')}  {text}\n")
 
     def asked_to_stop(self) -> bool:
         """Whether this rank was told to: by a signal, or rank 0 by the file `stop`."""
-        return self._signalled or (self._writes and (self.folder / "stop").exists())
+        return self._signalled_at is not None or (self._writes and (self.folder / "stop").exists())
 
     def end(self, step: int, steps: int) -> None:
         """After the last save: `done` if the run is complete; the request to stop is used up."""
@@ -105,6 +121,9 @@ def _locked(folder: Path, patience: float = 20.0) -> TextIO:
                     f"(touch {folder / 'stop'}), or set another run_dir"
                 ) from None
             time.sleep(0.1)
+        except OSError as error:
+            print(f"{folder} is on a file system without locks ({error}): start one run in it")
+            return handle
         else:
             return handle
 

@@ -27,6 +27,7 @@ from pretrain.preflight import identity
 from pretrain.preview import Preview
 from pretrain.run import Run
 from pretrain.schedules import every
+from pretrain.seen import Seen
 from pretrain.state import TrainState
 
 
@@ -35,7 +36,7 @@ def step_config(cfg: Config) -> StepConfig:
         global_batch=cfg.data.global_batch,
         steps=cfg.steps,
         accum=cfg.accum,
-        max_skips=cfg.max_skips,
+        max_skips=cfg.guard.max_skips,
         clip=cfg.clip,
         label_dropout=cfg.model.label_dropout,
         dropout_draws=cfg.model.dropout_draws,
@@ -45,13 +46,34 @@ def step_config(cfg: Config) -> StepConfig:
     )
 
 
+def go_back(state: TrainState, engine: Engine, checkpoint: Checkpoint, run: Run) -> None:
+    """Restores the last checkpoint, to go on without the data that the guard refused.
+
+    Raises NoWayBackError if there is none, or if that was tried from the same one before.
+    """
+    lost, reached = engine.lost, state.step
+    assert lost is not None, "there is nothing to go back for"
+    checkpoint.roll_back(state)
+    state.pass_over(lost)
+    engine.forget()
+    run.say(
+        f"rolled back from step {reached} to step {state.step}: every step made from positions "
+        f"{lost[0]} to {lost[1]} of the data was left out; they are passed over"
+    )
+
+
 def train(cfg: Config) -> None:
     # Assemble: one line a noun. Each takes its own config and what it stands on.
     place = launch.Place.here()
     threads = cfg.threads or launch.default_threads(place)
     if cfg.deterministic:
         make_deterministic()
-    device = launch.join(place, threads=threads, timeout=timedelta(seconds=cfg.timeout))
+    device = launch.join(
+        place,
+        threads=threads,
+        timeout=timedelta(seconds=cfg.timeout),
+        stacks=Path(cfg.run_dir) / "stacks",
+    )
     sizes = degrees(cfg.mesh, place.world)
     mesh = Mesh(sizes, device.type, ordered=cfg.deterministic)
     run = Run(Path(cfg.run_dir), place.rank)
@@ -67,8 +89,8 @@ def train(cfg: Config) -> None:
         seed=cfg.seed,
         device=device,
     )
-    state = TrainState.new(backend, cfg.optim, cfg.ema, seed=cfg.seed)
-    engine = Engine(state, cfg.objective, cfg.schedule, step_config(cfg), mesh)
+    state = TrainState.new(backend, cfg.optim, cfg.ema, cfg.guard, seed=cfg.seed)
+    engine = Engine(state, cfg.objective, cfg.schedule, step_config(cfg), mesh, run.say)
     launch.limit(timedelta(seconds=cfg.timeout))  # of every group, those of libraries too
     manifest = loader.info
     facts = {
@@ -90,16 +112,32 @@ def train(cfg: Config) -> None:
     log = Log(
         cfg.log, run.folder, rank=place.rank, steps=cfg.steps, start=state.step, settings=settings
     )
+    seen = Seen(
+        run.folder,
+        mesh.data.rank,
+        of=mesh.data.size,
+        start=state.step,
+        enabled=cfg.log.sample_ids,
+        idle=mesh.tp.rank > 0,
+    )
     meter = Meter(cfg.data.global_batch, flops_per_image(cfg.model), place.world)
 
     # Loop: one line a verb, in the order time flows.
     stop = any_rank(run.asked_to_stop())  # dist: once; a request made before the start counts
-    for batch, cursor in meter.waiting(loader.start(state.cursor)):
-        if stop or state.step >= cfg.steps:
-            break
+    batches = meter.waiting(loader.start(state.cursor))
+    while not stop and state.step < cfg.steps:
+        batch, cursor = next(batches)
         metrics = engine.step(batch, stop=run.asked_to_stop())
+        seen.append(state.step + 1, engine.position, batch)
         state.advance(cursor)
-        stop = engine.settle()
+        saves = checkpoint.due(state.step)
+        stop = engine.settle(everything=saves or state.step >= cfg.steps)
+        if engine.lost is not None:
+            go_back(state, engine, checkpoint, run)
+            log.rewind(state.step)
+            seen.rewind(state.step)
+            batches = meter.waiting(loader.start(state.cursor))
+            continue
         log.tick(state.step)
         if every(cfg.log.every, state.step):
             log.train(
@@ -109,12 +147,12 @@ def train(cfg: Config) -> None:
             picture = run.folder / "samples" / f"step_{state.step:08d}.png"
             preview.save(state, picture)
             log.picture(state.step, "samples", picture)
-        if every(cfg.checkpoint.every, state.step):
-            stop = engine.settle(everything=True)
+        if saves and not state.skipped_in_a_row:  # a row may have to be undone
             checkpoint.save(state)
-    engine.settle(everything=True)
     checkpoint.save(state)  # saving a saved step is a no-op
+    checkpoint.wait()
     run.end(state.step, cfg.steps)
     log.close()
+    seen.close()
     loader.close()
     launch.leave()

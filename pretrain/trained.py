@@ -5,16 +5,19 @@ Needs the checkpoint alone; the shards only for `score`, which compares with the
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
+from data_pipeline import remote
 from data_pipeline.codecs import Codec, open_codec
 from data_pipeline.decode import Images, decode, real_images
 from data_pipeline.shards import Manifest
 from parallel import storage
-from pretrain import checkpoint, config, evaluate, sampling
+from pretrain import config, evaluate, sampling
+from pretrain.holding import Holding
+from pretrain.manifest import CheckpointError
 from pretrain.models.build import build
 from pretrain.models.init import initialise
 from pretrain.models.udit import UDiT, merge
@@ -33,30 +36,33 @@ class Trained:
     codec: Codec
 
     @staticmethod
-    def load(place: Path, weights: Literal["ema", "model"] = "ema") -> "Trained":
+    def load(place: Path, weights: str = "ema") -> "Trained":
         """From a run directory (its newest whole checkpoint) or a checkpoint directory.
 
-        Raises CheckpointError if there is none.
+        weights: model, ema, or another average that it holds. Raises CheckpointError or
+        DamagedError if there is nothing to read, WeightsError for an average that is not held.
         """
-        folder = checkpoint.locate(place)
-        manifest = checkpoint.read_manifest(folder)
-        cfg = config.validate(manifest["config"])
+        held = Holding.of(place)
+        stored = held.at(weights)
+        cfg = config.validate(held.manifest["config"])
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with torch.device("meta"):
             model = build(cfg.model)
         model.to_empty(device="cpu")
         initialise(model, cfg.seed)  # why: the tables, which no checkpoint holds
-        own = model.state_dict()
-        trainable = {name for name, _ in model.named_parameters()}
-        stored = {n: f"{weights if n in trainable else 'model'}.{n}" for n in own}
-        full = storage.read_alone(list(stored.values()), folder)
+        full = storage.read_alone(list(stored.values()), held.folder)
         model.load_state_dict({name: full[key] for name, key in stored.items()})
         if isinstance(model, UDiT):
             model = merge(model)
-        latents = Manifest.model_validate(manifest["latents"])
+        try:
+            latents = Manifest.model_validate(held.manifest["latents"])
+        except ValidationError as error:
+            raise CheckpointError(
+                f"{held.folder} states latents that this version does not know; "
+                "use the version that wrote it"
+            ) from error
         codec = open_codec(latents.codec, latents.codec_source, device=device)
-        step = manifest["state"]["step"]
-        return Trained(folder, step, cfg, latents, model.to(device).eval(), codec)
+        return Trained(held.folder, held.step, cfg, latents, model.to(device).eval(), codec)
 
     def sampling(self, **chosen: object) -> SampleConfig:
         """The run's own sampling settings with what was chosen put over them.
@@ -85,13 +91,13 @@ class Trained:
         return decode(latents, self.latents, self.codec)
 
     def score(
-        self, cfg: SampleConfig, *, count: int, seed: int, data: Path | None = None
+        self, cfg: SampleConfig, *, count: int, seed: int, data: str | None = None
     ) -> tuple[evaluate.Scores, Images]:
         """Scores `count` pictures, classes in equal numbers, against the training images.
 
-        data: directory of the shards, by default the one of the run.
+        data: directory or address of the shards, by default the run's.
         """
-        place = Path(data or self.cfg.data.path)
+        place = remote.here(data or self.cfg.data.path, self.cfg.data.cache)
         train, train_labels = real_images(place, "train", self.codec, seed=seed)
         held, held_labels = real_images(place, "val", self.codec, seed=seed)
         labels = torch.arange(count) % self.latents.num_classes
@@ -100,15 +106,6 @@ class Trained:
             train, train_labels, held, held_labels, pictures, labels, seed=seed
         )
         return scores, pictures
-
-
-def weights_named(name: str) -> Literal["ema", "model"]:
-    """Raises ConfigError for anything but the two that a checkpoint holds."""
-    if name == "ema":
-        return "ema"
-    if name == "model":
-        return "model"
-    raise config.ConfigError(f"--weights {name}: a checkpoint holds ema and model; use one of them")
 
 
 def parse_labels(text: str, num_classes: int) -> Tensor:

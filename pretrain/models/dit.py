@@ -78,6 +78,8 @@ class DiTShape(LatentConfig):
     patch: int = Field(ge=1)  # latent pixels a token, per side
     mlp_ratio: float = Field(4.0, gt=0)  # hidden ÷ width of a dense feed-forward
     qk_norm: bool = False  # affine layer norm of q and k, per head
+    # time frequencies 10000^(-i/(128 - this)): 0 as published, 1 as diffusers' own class has them
+    sinusoid_shift: Literal[0, 1] = 0
 
     @model_validator(mode="after")
     def _check(self) -> "DiTShape":
@@ -184,7 +186,8 @@ class DiT(nn.Module):
         """
         self.cfg.check_input(x_t)
         x = self.position(self.embed(x_t.to(self.dtype)))  # (B, N, D)
-        c = self.condition(sinusoid(t).to(self.dtype), cond.view(-1))  # (B, D)
+        waves = sinusoid(t, shift=self.cfg.sinusoid_shift).to(self.dtype)
+        c = self.condition(waves, cond.view(-1))  # (B, D)
         seen: list[Routing] = []
         for block in self.blocks:
             x, routed = block(x, c)  # (B, N, D)

@@ -104,11 +104,15 @@ class Filler:
         """Where this rank's part of each tensor lies, by name."""
         return {name: box for name, (_, box) in self._starts.items()}
 
-    @torch.no_grad()
     def __call__(self, name: str, local: Tensor) -> None:
         """Fills this rank's part of one tensor."""
+        self.fill(name, local, self._starts[name][1])
+
+    @torch.no_grad()
+    def fill(self, name: str, local: Tensor, box: Box) -> None:
+        """Fills any box of one tensor, wherever this rank's part of it lies. local: as the box."""
         assert not local.is_meta, f"{name} is on meta: call to_empty first"
-        init, box = self._starts[name]
+        init, _ = self._starts[name]
         match init:
             case Table(make):
                 local.copy_(make())

@@ -143,10 +143,15 @@ class Conditioning(NamedTuple):
     shared: Tensor | None  # (B, 6C): the part of the modulation that blocks share (adaLN-LoRA)
 
 
-def sinusoid(t: Tensor, width: int = FREQUENCIES) -> Tensor:
-    """Timestep features [cos | sin], frequencies 10000^(-i/half). t: (B,) -> (B, width) float32."""
+def sinusoid(t: Tensor, width: int = FREQUENCIES, shift: int = 0) -> Tensor:
+    """Timestep features [cos | sin], frequencies 10000^(-i/(half - shift)), i < half.
+
+    t: (B,) -> (B, width) float32. Source: DiT's has shift 0, DDPM's and diffusers' own DiT shift 1.
+    """
     half = width // 2
-    rate = torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10_000) / half)
+    # why: in this order, or at t near 1000 the last bit of a rate is a difference of 1e-4.
+    rate = torch.arange(half, device=t.device, dtype=torch.float32) * -math.log(10_000)
+    rate = rate / (half - shift)
     angle = t.float()[:, None] * rate.exp()[None]
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 

@@ -59,11 +59,11 @@ def wrong_input() -> None:
     raise ValueError("a bad sample")
 
 
-def works(axis: str, failure: Callable[[], None]) -> None:
+def works(axis: str, failure: Callable[[], None], stacks: Path) -> None:
     """Collectives on one axis and on the world; rank HURT fails before the second round."""
     place = launch.Place.here()
     with launch.guarded(expected=(ValueError,)):
-        launch.join(place, threads=1, timeout=timedelta(seconds=TIMEOUT))
+        launch.join(place, threads=1, timeout=timedelta(seconds=TIMEOUT), stacks=stacks)
         cfg = MeshConfig(tp=2 if axis == "tp" else 1, ep=2 if axis == "ep" else 1)
         mesh = Mesh(degrees(cfg, place.world), "cpu")
         group = {"tp": mesh.tp.group, "ep": mesh.ep.group}.get(axis)
@@ -78,7 +78,7 @@ def works(axis: str, failure: Callable[[], None]) -> None:
 def end(axis: str, failure: Callable[[], None], log: Path) -> tuple[list[int | None], str, float]:
     """Exit codes, what was said, seconds."""
     began = time.monotonic()
-    codes = ranks.wait(ranks.start(works, WORLD, axis, failure, log=log))
+    codes = ranks.wait(ranks.start(works, WORLD, axis, failure, log.parent / "stacks", log=log))
     return codes, log.read_text(), time.monotonic() - began
 
 
@@ -121,6 +121,11 @@ def test_a_hanging_rank_is_named_with_its_place_and_ends_too(axis: str, tmp_path
     assert "waiting in all_reduce" in said
     stack = said[said.index(f"rank {HURT} ended because the others waited for it") :]
     assert "in hangs" in stack, said
+    written = {path.name: path.read_text() for path in (tmp_path / "stacks").iterdir()}
+    assert sorted(written) == [f"rank_{rank:05d}.txt" for rank in range(WORLD)]
+    assert "in hangs" in written[f"rank_{HURT:05d}.txt"]
+    assert all("in all_reduce" in written[f"rank_{rank:05d}.txt"] for rank in range(WORLD - 1))
+    assert f"the stacks of all ranks are in {tmp_path / 'stacks'}" in said
     assert took < TIMEOUT + GRACE
 
 

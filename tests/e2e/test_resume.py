@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from parallel import storage
-from pretrain import checkpoint, inspection
+from pretrain import inspection, manifest
 from tests import ranks, tiny
 
 QUICK = [("udit-moe", 2, "fp32"), ("dit", 1, "bf16")]
@@ -132,7 +132,7 @@ def test_a_run_goes_on_on_other_layouts_and_engines(digits: Path, tmp_path: Path
         (10, 2, ()),
     ):
         ranks.train(config, moved, f"steps={steps}", *words, world=world)
-        counted = storage.read_alone(["optim.updates"], checkpoint.locate(moved))
+        counted = storage.read_alone(["optim.updates"], manifest.locate(moved))
         assert counted["optim.updates"] == steps
     for (_, loss, norm), (_, calm_loss, calm_norm) in zip(
         history(moved), history(calm), strict=True

@@ -112,6 +112,20 @@ def test_a_resumed_loader_goes_on_as_if_never_stopped(stored: Path) -> None:
         )
 
 
+def test_what_is_passed_over_is_not_read_and_all_else_is_as_it_was(stored: Path) -> None:
+    whole = take(stored, 60)
+    cursor = Cursor().pass_over((48, 96)).pass_over((24 * 40, 24 * 45))
+    rest = take(stored, 53, cursor=cursor, workers=3)
+    wanted = [step for step in range(60) if step not in (2, 3, *range(40, 45))]
+    for (batch, after), step in zip(rest, wanted, strict=True):
+        assert same(batch, whole[step][0])
+        assert after.passed_over == cursor.passed_over
+    assert [rest[step][1].position for step in (0, 1, 37, 38)] == [24, 96, 24 * 45, 24 * 46]
+    again = take(stored, 10, cursor=rest[1][1], rank=1, size=2)
+    for (batch, _), (one, _) in zip(again, rest[2:12], strict=True):
+        assert (batch.samples == one.samples[12:]).all()
+
+
 def test_every_epoch_has_every_sample_once(stored: Path) -> None:
     ids = np.concatenate([batch.samples for batch, _ in take(stored, 25)])
     assert (np.sort(ids.reshape(4, COUNT), 1) == np.arange(COUNT)).all()

@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from pretrain import metrics
-from pretrain.metrics import Log, LogConfig, LogError, moe_load, truncate
+from pretrain.metrics import Log, LogConfig, LogError, moe_load
 
 QUIET = LogConfig(wandb="disabled")
 
@@ -96,20 +96,13 @@ def test_resume_cuts_back_to_the_restored_step(tmp_path: Path) -> None:
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_truncate_counts_what_it_drops_and_leaves_the_rest_as_it_was(tmp_path: Path) -> None:
-    assert truncate(tmp_path, 5) == 0
-    write(tmp_path, range(1, 6))
-    before = (tmp_path / "metrics.jsonl").read_bytes()
-    assert truncate(tmp_path, 5) == 0
-    assert (tmp_path / "metrics.jsonl").read_bytes() == before
-    write(tmp_path, range(1, 6), tail='{"step": 2}')
-    assert truncate(tmp_path, 5) == 1
-    assert (tmp_path / "metrics.jsonl").read_bytes() == before
-    write(tmp_path, range(1, 6), tail='\0\0\n[1]\n{"loss": 2}\n{"step": 4}\n')
-    assert truncate(tmp_path, 3) == 6
-    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
-    assert truncate(tmp_path, 0) == 3
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+def test_rewinding_takes_back_later_records_and_goes_on(tmp_path: Path) -> None:
+    with Log(QUIET, tmp_path, rank=0, steps=10) as log:
+        for step in (1, 2, 3, 4):
+            log.train(step, {"loss": float(step)})
+        log.rewind(2)
+        log.train(3, {"loss": -3.0})
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(1, 1), (2, 2), (3, -3)]
 
 
 def test_load_of_even_and_of_collapsed_experts() -> None:

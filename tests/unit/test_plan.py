@@ -143,9 +143,20 @@ def test_bytes_of_a_rank_are_those_of_the_shards_that_are_built(
     assert held.pop("total") == sum(held.values())
 
 
+def test_every_average_is_counted() -> None:
+    sizes = Degrees(dp_replicate=2, dp_shard=3)
+    made = planned.of(config.validate(tree_of(DENSE, sizes, half_lives=[9], power=[0.1])), 6, "cpu")
+    assert made["per_rank"]["ema"] == made["built"]["ema"] == 3 * built_for(DENSE, sizes)["ema"]
+    assert plan(DENSE, Layout(sizes)).per_rank.ema == built_for(DENSE, sizes)["ema"]
+
+
 def built_for(cfg: Any, sizes: Degrees) -> dict[str, int]:
+    return planned.built(config.validate(tree_of(cfg, sizes)), sizes)
+
+
+def tree_of(cfg: Any, sizes: Degrees, **ema: Any) -> dict[str, Any]:
     mesh = {name: getattr(sizes, name) for name in ("dp_replicate", "dp_shard", "tp", "ep")}
-    tree = {
+    return {
         "model": cfg.model_dump(),
         "objective": {"kind": "flow"},
         "data": {"path": "nowhere", "global_batch": sizes.data},
@@ -153,8 +164,8 @@ def built_for(cfg: Any, sizes: Degrees) -> dict[str, int]:
         "steps": 1,
         "run_dir": "nowhere",
         "mesh": mesh,
+        "ema": ema,
     }
-    return planned.built(config.validate(tree), sizes)
 
 
 @pytest.mark.parametrize(
