@@ -113,7 +113,9 @@ class _Image:
             around += [(place, before), (end, after)]
             self.items.append(_Item(tensor, box, dtype, place, values, end + len(after)))
             place = -(-(end + len(after)) // ALIGNED) * ALIGNED
-        self.bytes = _memory(place)
+        self.bytes = torch.zeros(place, dtype=torch.uint8)
+        if torch.cuda.is_available() and place:
+            self._lock()
         whole = self.bytes.numpy().data
         for start, text in around:
             whole[start : start + len(text)] = text
@@ -124,22 +126,19 @@ class _Image:
             for i in self.items
         ]
 
+    def _lock(self) -> None:
+        """Locks the memory, so that a device copies straight into it.
+
+        Why not pin_memory: torch rounds what it pins up to the next power of two.
+        """
+        cudart: Any = torch.cuda.cudart()
+        place = self.bytes.data_ptr()
+        torch.cuda.check_error(int(cudart.cudaHostRegister(place, self.bytes.numel(), 0)))
+        weakref.finalize(self, cudart.cudaHostUnregister, place)
+
     def write(self, folder: Path) -> File:
         """Writes and syncs the file."""
         return write_file(folder / self.name, self.bytes.numpy().data)
-
-
-def _memory(size: int) -> Tensor:
-    """Bytes on the CPU, (size,), locked where there is a device that copies into them.
-
-    Why not pin_memory: torch rounds what it pins up to the next power of two.
-    """
-    held = torch.zeros(size, dtype=torch.uint8)
-    if torch.cuda.is_available() and size:
-        cudart: Any = torch.cuda.cudart()
-        torch.cuda.check_error(int(cudart.cudaHostRegister(held.data_ptr(), size, 0)))
-        weakref.finalize(held.untyped_storage(), cudart.cudaHostUnregister, held.data_ptr())
-    return held
 
 
 def write_file(path: Path, whole: memoryview) -> File:
