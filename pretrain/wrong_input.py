@@ -1,0 +1,24 @@
+"""Which errors are the user's: one message and exit code 2, no traceback."""
+
+from data_pipeline.errors import DataError
+from parallel.errors import DamagedError, LayoutError
+from pretrain.config import ConfigError
+from pretrain.evaluate import EvaluationError
+from pretrain.layouts.rules import WeightsError
+from pretrain.manifest import CheckpointError
+from pretrain.metrics import LogError
+from pretrain.run import RunError
+from pretrain.sampling import SamplingError
+
+INPUT_ERRORS = (
+    ConfigError,
+    LayoutError,
+    DataError,
+    DamagedError,
+    CheckpointError,
+    WeightsError,
+    SamplingError,
+    EvaluationError,
+    LogError,
+    RunError,
+)
