@@ -45,7 +45,10 @@ class Codec(Protocol):
         ...
 
     def normalisation(self, mean: np.ndarray, std: np.ndarray) -> tuple[list[float], list[float]]:
-        """(shift, scale), C numbers each, from the mean and std of the training latents."""
+        """(shift, scale), C numbers each, from the mean and std of the training latents.
+
+        A codec whose numbers do not come with weights gives none where there is no mean and std.
+        """
         ...
 
 
@@ -107,7 +110,7 @@ class Haar:
     def normalisation(self, mean: np.ndarray, std: np.ndarray) -> tuple[list[float], list[float]]:
         # why: one scale for all bands. The transform is orthonormal, so noise is then the same in
         # latents and in pixels; a scale a band would spend the loss on faint detail.
-        spread = float(np.sqrt(np.mean(np.square(std))))
+        spread = float(np.sqrt(np.mean(np.square(std)))) if len(std) else 1.0
         return mean.tolist(), [1 / spread if spread > 0 else 1.0] * len(std)
 
 

@@ -1,6 +1,7 @@
 """Images -> latents -> shards, once, before training. Appears whole under its name or not at all.
 
 encode("digits", "data/digits", codec="haar")
+encode("digits", "data/digits", codec="haar", part=(2, 8))  # one of 8, joined by merge.py
 """
 
 import json
@@ -15,14 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipeline import parts
 from data_pipeline.codecs import Codec, open_codec
 from data_pipeline.errors import DataError
+from data_pipeline.moments import Moments
 from data_pipeline.order import key, permute
 from data_pipeline.pictures import BadPictureError, Picture, Pictures
-from data_pipeline.shards import MANIFEST, Manifest, Split, SplitWriter
+from data_pipeline.shards import MANIFEST, QUARANTINE, Manifest, Part, Split, SplitWriter
 from data_pipeline.sources import Source, open_source
 
-QUARANTINE = "quarantine.jsonl"
 Progress = Callable[[int, int], None]  # images done, images in all
 
 
@@ -42,50 +44,54 @@ def encode(
     overwrite: bool = False,
     device: str = "cpu",
     progress: Progress | None = None,
+    part: tuple[int, int] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Manifest:
     """Encode every image of a source into a set of shards at `out`.
 
     flips stores the mirrored train images too; limit is the most images taken of each split.
-    A file that is no image is listed in quarantine.jsonl and counted. Raises DataError, and then
-    leaves nothing behind.
+    A file that is no image is listed in quarantine.jsonl and counted. part=(i, n) encodes the i-th
+    of n runs of batches into out/parts/i-of-n; a part that is complete is left as it is, and `note`
+    gets a sentence that says so. Raises DataError, and then leaves nothing behind.
     """
-    for name, value in (("shard_size_mb", shard_size_mb), ("batch", batch), ("lanes", lanes)):
+    _check_numbers(limit, shard_size_mb=shard_size_mb, batch=batch, lanes=lanes)
+    out = Path(out)
+    _check_target(out, overwrite, part)
+    place = parts.place(out, part) if part else out
+    work = _Encoding(
+        source=open_source(src, size),
+        codec=open_codec(codec, vae, device),
+        root=place.parent / f".{place.name}.{os.getpid()}.partial",
+        size=size,
+        flips=flips,
+        shard_bytes=int(shard_size_mb * 2**20),
+        batch=batch,
+        lanes=lanes,
+        seed=seed,
+        limit=limit,
+        progress=progress,
+        part=part,
+    )
+    if part:
+        if not overwrite and parts.complete(place, work.describe({})):
+            if note is not None:
+                note(f"'{place}' is complete already and left as it is")
+            return Manifest.load(place)
+        parts.clear(place)
+    return work.write(place, lambda: _check_target(out, overwrite, part))
+
+
+def _check_numbers(limit: int | None, **above_zero: float) -> None:
+    for name, value in above_zero.items():
         if value <= 0:
             raise DataError(f"{name}={value} is not possible; give a number above 0.")
     if limit is not None and limit < 1:
         raise DataError(f"limit={limit} is not possible; give 1 or more, or leave it out.")
-    out = Path(out)
-    _check_target(out, overwrite)
-    work = _Encoding(
-        source=open_source(src, size),
-        codec=open_codec(codec, vae, device),
-        root=out.parent / f".{out.name}.{os.getpid()}.partial",
-        flips=flips,
-        shard_bytes=int(shard_size_mb * 2**20),
-        batch=batch,
-        seed=seed,
-        limit=limit,
-        progress=progress,
-    )
-    work.root.mkdir(parents=True)
-    try:
-        manifest = work.run(lanes)
-        manifest.save(work.root)
-        _check_target(out, overwrite)
-        old = work.root.with_suffix(".old")
-        if out.exists():
-            out.rename(old)
-        work.root.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(work.root, ignore_errors=True)
-        raise
-    return manifest
 
 
-def _check_target(out: Path, overwrite: bool) -> None:
+def _check_target(out: Path, overwrite: bool, part: tuple[int, int] | None) -> None:
     """Refuse to write over anything but an older set, and over that only when asked."""
-    if not out.exists():
+    if not out.exists() or (part and not (out / MANIFEST).is_file()):
         return
     if not overwrite:
         raise DataError(f"'{out}' exists already; choose another --out or give --overwrite.")
@@ -94,34 +100,6 @@ def _check_target(out: Path, overwrite: bool) -> None:
             f"'{out}' is not an encoded set, so --overwrite will not remove it; "
             f"choose another --out or remove it yourself."
         )
-
-
-class _Moments:
-    """Mean and std per channel of latents seen in pieces, in float64."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.total: np.ndarray = np.zeros(1)
-        self.square: np.ndarray = np.zeros(1)
-
-    def add(self, raw: Tensor, posterior: bool) -> None:
-        """raw: (B, C, H, W), or (B, 2C, H, W) when it is mean and log-variance."""
-        value = raw.double()
-        spread = torch.zeros(())
-        if posterior:
-            value, log_variance = value.chunk(2, 1)
-            # why: the variance of a drawn latent is that of the means plus that of the draw
-            spread = log_variance.exp().sum((0, 2, 3))
-        self.count += value[:, 0].numel()
-        self.total = self.total + value.sum((0, 2, 3)).numpy()
-        self.square = self.square + (value.square().sum((0, 2, 3)) + spread).numpy()
-
-    def result(self) -> tuple[np.ndarray, np.ndarray]:
-        mean = self.total / self.count
-        variance = self.square / self.count - mean**2
-        # why: what is left of a constant channel after the subtraction is rounding, not variance
-        floor = 1e-12 * np.maximum(self.square / self.count, 1e-12)
-        return mean, np.sqrt(np.where(variance > floor, variance, 0))
 
 
 class _Encoding:
@@ -133,24 +111,45 @@ class _Encoding:
         source: Source,
         codec: Codec,
         root: Path,
+        size: int | None,
         flips: bool,
         shard_bytes: int,
         batch: int,
+        lanes: int,
         seed: int,
         limit: int | None,
         progress: Progress | None,
+        part: tuple[int, int] | None,
     ) -> None:
         self.source, self.codec, self.root = source, codec, root
-        self.flips, self.shard_bytes, self.batch = flips, shard_bytes, batch
-        self.seed, self.limit, self.progress = seed, limit, progress
-        self.moments = _Moments()
+        self.size, self.flips, self.shard_bytes = size, flips, shard_bytes
+        self.batch, self.lanes, self.seed, self.limit = batch, lanes, seed, limit
+        self.progress, self.part = progress, part
+        self.moments = Moments()
         self.bad: list[BadPictureError] = []
         self.first: Picture | None = None
         self.stored: tuple[int, ...] = ()
         self.done = 0
-        self.total = sum(min(len(p), limit or len(p)) for p in source.splits.values())
+        self.total = sum(len(self._range(p)) for p in source.splits.values())
 
-    def run(self, lanes: int) -> Manifest:
+    def write(self, place: Path, check: Callable[[], None]) -> Manifest:
+        """Encode into a hidden directory, check again, and give it its name."""
+        self.root.mkdir(parents=True)
+        try:
+            manifest = self.run()
+            manifest.save(self.root)
+            check()
+            old = self.root.with_suffix(".old")
+            if place.exists():
+                place.rename(old)
+            self.root.rename(place)
+            shutil.rmtree(old, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(self.root, ignore_errors=True)
+            raise
+        return manifest
+
+    def run(self) -> Manifest:
         """Encode all splits and describe the result."""
         splits = {}
         for number, (name, pictures) in enumerate(self.source.splits.items()):
@@ -159,7 +158,7 @@ class _Encoding:
                 splits[name] = split
             else:
                 (self.root / split.index).unlink()
-        if "train" not in splits or self.first is None:
+        if "train" not in splits and self.part is None:
             example = f" (first: {self.bad[0]})" if self.bad else ""
             raise DataError(
                 f"source '{self.source.name}' has no readable training image: {len(self.bad)} of "
@@ -168,8 +167,16 @@ class _Encoding:
         if self.bad:
             lines = [json.dumps({"name": bad.name, "reason": bad.reason}) for bad in self.bad]
             (self.root / QUARANTINE).write_text("\n".join(lines) + "\n")
-        _, height, width = self.first.image.shape
-        image = (self.codec.image_channels(self.first.image.shape[0]), height, width)
+        return self.describe(splits)
+
+    def describe(self, splits: dict[str, Split]) -> Manifest:
+        """The manifest of what was encoded so far. Shapes are 0 where no image was met."""
+        image, latent, stored = (0, 0, 0), (0, 0, 0), (0, 0, 0)
+        if self.first is not None:
+            given, height, width = self.first.image.shape
+            image = (self.codec.image_channels(given), height, width)
+            latent = (self.codec.channels(image[0]), *self.stored[1:])
+            stored = self.stored
         mean, std = self.moments.result()
         shift, scale = self.codec.normalisation(mean, std)
         return Manifest(
@@ -177,8 +184,8 @@ class _Encoding:
             codec_hash=self.codec.hash,
             codec_source=self.codec.source,
             image_shape=image,
-            latent_shape=(self.codec.channels(image[0]), *self.stored[1:]),
-            stored_shape=self.stored,
+            latent_shape=latent,
+            stored_shape=stored,
             posterior=self.codec.posterior,
             dtype=self.codec.dtype,
             shift=shift,
@@ -187,18 +194,42 @@ class _Encoding:
             std=std.tolist(),
             class_names=list(self.source.class_names),
             num_classes=len(self.source.class_names),
-            lanes=lanes,
+            lanes=self.lanes,
             flips=self.flips,
             seed=self.seed,
             splits=splits,
             quarantined=len(self.bad),
             quarantine=QUARANTINE if self.bad else None,
+            part=self._as_part(self.part) if self.part else None,
         )
+
+    def _as_part(self, part: tuple[int, int]) -> Part:
+        return Part(
+            number=part[0],
+            of=part[1],
+            source={name: pictures.identity() for name, pictures in self.source.splits.items()},
+            size=self.size,
+            limit=self.limit,
+            batch=self.batch,
+            shard_bytes=self.shard_bytes,
+            **self.moments.plain(),
+        )
+
+    def _range(self, pictures: Pictures) -> range:
+        """Which places of a split's writing order are encoded here."""
+        count = min(len(pictures), self.limit or len(pictures))
+        return parts.cut(count, self.batch, self.part or (1, 1))
 
     def _split(self, name: str, pictures: Pictures, number: int) -> Split:
         """Encode and write one split, its images in a keyed order (a lane is not one class)."""
         variants = 2 if self.flips and name == "train" else 1
-        writer = SplitWriter(self.root, name, shard_bytes=self.shard_bytes, variants=variants)
+        writer = SplitWriter(
+            self.root,
+            name,
+            shard_bytes=self.shard_bytes,
+            variants=variants,
+            first=self._range(pictures).start,
+        )
         try:
             for batch in self._batches(pictures, number):
                 images = torch.from_numpy(np.stack([picture.image for picture in batch]))
@@ -217,8 +248,8 @@ class _Encoding:
 
     def _batches(self, pictures: Pictures, number: int) -> Iterator[list[Picture]]:
         """Readable images in writing order, `batch` at a time; bad ones go to quarantine."""
-        count = len(pictures)
-        order = permute(np.arange(min(count, self.limit or count)), count, key(self.seed, number))
+        places = self._range(pictures)
+        order = permute(np.arange(places.start, places.stop), len(pictures), key(self.seed, number))
         todo = iter(order.tolist())
         with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decode") as pool:
             while chunk := list(islice(todo, self.batch)):

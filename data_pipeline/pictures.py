@@ -1,5 +1,6 @@
 """One image file -> one uint8 array: decoding, grey or colour, square crops. No folders here."""
 
+import hashlib
 import io
 import struct
 from collections.abc import Callable, Sequence
@@ -44,6 +45,10 @@ class Pictures(Protocol):
 
     def __getitem__(self, i: int) -> Picture:
         """Raises BadPictureError if this one cannot be read, IndexError past the end."""
+        ...
+
+    def identity(self) -> str:
+        """SHA-256 of which images these are, in order, without where they lie."""
         ...
 
 
@@ -115,6 +120,9 @@ class FilePictures:
             raise BadPictureError(name, f"{type(error).__name__}: {error}") from error
         return Picture(_planar(image), label, name)
 
+    def identity(self) -> str:
+        return hashlib.sha256(repr(self.items).encode()).hexdigest()
+
     def probe(self, i: int) -> bool | None:
         """Whether image i is grey, from its header alone; None if it is no image."""
         try:
@@ -140,6 +148,11 @@ class ArrayPictures:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def identity(self) -> str:
+        digest = hashlib.sha256(self.images.tobytes())
+        digest.update(self.labels.astype("<i8").tobytes())
+        return digest.hexdigest()
 
     def __getitem__(self, i: int) -> Picture:
         image = self.images[i]

@@ -8,6 +8,7 @@ last. The index holds where each payload lies, so that one sample is one read.
 import hashlib
 import io
 import json
+import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from data_pipeline.errors import DataError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+QUARANTINE = "quarantine.jsonl"
 BLOCK = 512  # bytes, the tar block
 
 
@@ -31,13 +33,13 @@ def _plain(name: str, ending: str) -> str:
     return name
 
 
-class Part(BaseModel):
+class Piece(BaseModel):
     """A piece of the manifest: frozen, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Shard(Part):
+class Shard(Piece):
     """One tar file."""
 
     name: str  # file name inside the set
@@ -51,7 +53,7 @@ class Shard(Part):
         return _plain(name, ".tar")
 
 
-class Split(Part):
+class Split(Piece):
     """One split: its tars and its index."""
 
     count: int  # samples
@@ -66,7 +68,22 @@ class Split(Part):
         return _plain(name, ".npy")
 
 
-class Manifest(Part):
+class Part(Piece):
+    """Which part of a whole encoding a set is, and what joining the parts needs (merge.py)."""
+
+    number: int  # from 1
+    of: int
+    source: dict[str, str]  # by split: SHA-256 of the list of its images
+    size: int | None  # pixels, as asked
+    limit: int | None
+    batch: int
+    shard_bytes: int
+    values: int  # of a channel, in the train images of this part
+    total: list[list[float]]  # their sum, exactly (moments.py)
+    square: list[list[float]]  # the sum of their squares
+
+
+class Manifest(Piece):
     """What a set holds and how its raw latents become model input."""
 
     format: int = FORMAT
@@ -90,6 +107,7 @@ class Manifest(Part):
     splits: dict[str, Split]
     quarantined: int  # source files that were no image
     quarantine: str | None  # file that lists them
+    part: Part | None = None  # this set is a part of a set that is still to be joined
 
     @classmethod
     def load(cls, path: str | Path) -> "Manifest":
@@ -127,7 +145,9 @@ class Manifest(Part):
 
     def save(self, root: Path) -> None:
         """Write the manifest: the last file of a set, which makes it one."""
-        (root / MANIFEST).write_text(self.model_dump_json(indent=1) + "\n")
+        fresh = root / f".{MANIFEST}.partial"
+        fresh.write_text(self.model_dump_json(indent=1) + "\n")
+        os.rename(fresh, root / MANIFEST)
 
     def split(self, name: str) -> Split:
         """A split by name; raises DataError naming those that exist."""
@@ -147,6 +167,16 @@ class Manifest(Part):
         """raw = x / scale + shift, the inverse of normalise. x: (B, C, H, W)."""
         shift = x.new_tensor(self.shift)[:, None, None]
         return x / x.new_tensor(self.scale)[:, None, None] + shift
+
+
+def shard_name(split: str, number: int) -> str:
+    """File name of a tar of a split."""
+    return f"{split}-{number:06d}.tar"
+
+
+def index_name(split: str) -> str:
+    """File name of the index of a split."""
+    return f"{split}.index.npy"
 
 
 def index_dtype(variants: int) -> np.dtype:
@@ -203,8 +233,11 @@ class _HashedFile:
 class SplitWriter:
     """Writes the tars and the index of one split. Same samples, same bytes."""
 
-    def __init__(self, root: Path, name: str, *, shard_bytes: int, variants: int) -> None:
+    def __init__(
+        self, root: Path, name: str, *, shard_bytes: int, variants: int, first: int = 0
+    ) -> None:
         self.root, self.name = root, name
+        self.first = first  # key of the first sample; they rise by one from there
         self.shard_bytes, self.variants = shard_bytes, variants
         self.count = 0
         self._rows: list[tuple[Any, ...]] = []  # as in index_dtype
@@ -223,7 +256,11 @@ class SplitWriter:
         start = self._tar.tarstream.offset + BLOCK + -(-len(text) // BLOCK) * BLOCK
         size = BLOCK + -(-(len(head) + len(payloads[0])) // BLOCK) * BLOCK
         places = [start + BLOCK + len(head) + i * size for i in range(self.variants)][::-1]
-        sample = {"__key__": f"{self.count:09d}", "cls": text, "npy": head + payloads[0]}
+        sample = {
+            "__key__": f"{self.first + self.count:09d}",
+            "cls": text,
+            "npy": head + payloads[0],
+        }
         if self.variants == 2:
             sample["flip.npy"] = head + payloads[1]
         self._tar.write(sample)
@@ -239,7 +276,7 @@ class SplitWriter:
         if self._file is not None:
             self._close_shard()
         index = np.array(self._rows, index_dtype(self.variants))
-        file = self.root / f"{self.name}.index.npy"
+        file = self.root / index_name(self.name)
         np.save(file, index, allow_pickle=False)
         return Split(
             count=self.count,
@@ -256,7 +293,7 @@ class SplitWriter:
             self._file = None
 
     def _open(self) -> None:
-        self._path = self.root / f"{self.name}-{len(self._shards):06d}.tar"
+        self._path = self.root / shard_name(self.name, len(self._shards))
         self._file = _HashedFile(self._path)
         # why: fixed owner, mode and time, so that the same samples give the same bytes
         self._tar = webdataset.TarWriter(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.shards import Manifest, Shard, Split, npy_header, read_index, sha256
+from data_pipeline.shards import Manifest, Split, npy_header, read_index, sha256
 
 PER_FILE = 10  # problems reported for one file, so that one bad tar does not hide the others
 
@@ -56,8 +56,11 @@ def _verify_split(root: Path, manifest: Manifest, name: str, split: Split, out: 
         )
     if sum(shard.count for shard in split.shards) != split.count:
         out.problems.append(f"{name}: shard counts do not add up to {split.count}")
+    first, last_key = 0, -1  # row of a tar's first sample; key before it
     for number, shard in enumerate(split.shards):
         out.files += 1
+        rows = index[first : first + shard.count]
+        first += shard.count
         file = root / shard.name
         if not file.is_file():
             out.problems.append(f"{shard.name}: missing")
@@ -69,45 +72,53 @@ def _verify_split(root: Path, manifest: Manifest, name: str, split: Split, out: 
         elif sha256(file) != shard.sha256:
             out.problems.append(f"{shard.name}: SHA-256 differs from the manifest")
         found: list[str] = []
-        out.samples += _walk(file, number, shard, manifest, split, index, found)
+        whole, last_key = _walk(file, number, manifest, split, rows, last_key, found)
+        out.samples += whole
+        if whole != shard.count:
+            found.append(f"{whole} whole samples, the manifest says {shard.count}")
         out.problems += [f"{shard.name}: {problem}" for problem in found[:PER_FILE]]
 
 
 def _walk(
     file: Path,
     number: int,
-    shard: Shard,
     manifest: Manifest,
     split: Split,
-    index: np.ndarray,
+    rows: np.ndarray,
+    last_key: int,
     found: list[str],
-) -> int:
-    """Compare each member of a tar with the index; returns how many samples are whole."""
+) -> tuple[int, int]:
+    """Compare each member of a tar with its rows of the index.
+
+    Keys rise by one inside a tar, and over tars too, with gaps where parts were joined.
+    Returns how many samples are whole, and the last key.
+    """
     dtype = np.dtype(manifest.dtype).newbyteorder("<")
     head = npy_header(manifest.stored_shape, dtype)
     parts: dict[int, set[str]] = {}
+    first = None
     try:
         with tarfile.open(file, "r:") as tar:
             for member in tar:
                 stem, _, kind = member.name.partition(".")
-                if not stem.isdigit() or int(stem) >= split.count:
+                key = int(stem) if stem.isdigit() else -1
+                first = max(key, last_key + 1) if first is None else first
+                if not first <= key < first + len(rows):
                     found.append(f"member {member.name} is not in the index")
                     continue
-                row = index[int(stem)]
                 data = tar.extractfile(member)
                 body = data.read() if data is not None else b""
+                row = rows[key - first]
                 problem = _member(kind, body, member.offset_data, head, number, row)
                 if problem:
                     found.append(f"member {member.name} at offset {member.offset}: {problem}")
                 else:
-                    parts.setdefault(int(stem), set()).add(kind)
+                    parts.setdefault(key, set()).add(kind)
     except (tarfile.TarError, OSError, EOFError) as error:
         found.append(f"not readable as a tar to its end: {error}")
     want = {"npy", "cls"} | ({"flip.npy"} if split.variants == 2 else set())
     whole = sum(kinds == want for kinds in parts.values())
-    if whole != shard.count:
-        found.append(f"{whole} whole samples, the manifest says {shard.count}")
-    return whole
+    return whole, max(parts, default=last_key)
 
 
 def _member(

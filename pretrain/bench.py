@@ -1,6 +1,7 @@
 """Measures parts of the program beside what the machine gives, interleaved, medians of rounds.
 
     pretrain bench checkpoint --params 2e8 --nproc 2 --dir runs
+    pretrain bench links --nproc 2
 
 Trains nothing. Every rank calls every function.
 """
@@ -8,9 +9,8 @@ Trains nothing. Every rank calls every function.
 import shutil
 import statistics
 import subprocess
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -20,8 +20,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel import launch, storage
+from parallel import links as measuring
 from parallel.index import Index
+from parallel.links import slowest
 from parallel.shards import Box, Extent, Piece
+from pretrain.bench_record import record
 from pretrain.checkpoint import Checkpoint
 from pretrain.manifest import CheckpointConfig, root
 from pretrain.state import TrainState
@@ -44,6 +47,27 @@ class _Held:
 
     def scalars(self) -> dict[str, int]:
         return {"step": self.step}
+
+
+def links(sizes: Sequence[float], rounds: int) -> dict[str, Any]:
+    """What collectives reach between ranks (see parallel.links), and what a rank reaches alone.
+
+    sizes: MiB; none: those for the device.
+    """
+    place = launch.Place.here()
+    measuring.nodes_of(place)
+    device = launch.join(place, threads=1, timeout=timedelta(minutes=10))
+    each = [int(size * 2**20) for size in sizes or measuring.SIZES[device.type]]
+    found = measuring.measure(place, device, each, rounds)
+    alone = measuring.compute(device, rounds)
+    launch.leave()
+    return record("links", place) | {
+        "device": device.type,
+        "ranks_per_node": place.local_world,
+        "rounds": rounds,
+        **asdict(alone),
+        "links": [asdict(link) for link in found],
+    }
 
 
 def checkpoint(params: int, where: Path, rounds: int) -> dict[str, Any]:
@@ -73,16 +97,16 @@ def checkpoint(params: int, where: Path, rounds: int) -> dict[str, Any]:
         storage.read(held.pieces, newest, Index.of(newest))
 
     times: dict[str, list[float]] = {"copy": [], "blocked": [], "written": [], "dd": [], "read": []}
-    first = _timed(save)
+    first = slowest(save)
     saver.wait()
     try:
         for _ in range(rounds):
             _clear(folder)
-            times["copy"].append(_timed(lambda: _copy(sources, copies)))
-            times["blocked"].append(_timed(save))
-            times["written"].append(_timed(saver.wait))
-            times["read"].append(_timed(load))
-            times["dd"].append(_timed(lambda: _dd(folder / f"dd{place.rank}", own)))
+            times["copy"].append(slowest(lambda: _copy(sources, copies)))
+            times["blocked"].append(slowest(save))
+            times["written"].append(slowest(saver.wait))
+            times["read"].append(slowest(load))
+            times["dd"].append(slowest(lambda: _dd(folder / f"dd{place.rank}", own)))
     finally:
         dist.barrier()
         if place.rank == 0:
@@ -90,8 +114,7 @@ def checkpoint(params: int, where: Path, rounds: int) -> dict[str, Any]:
     launch.leave()
     median = {name: statistics.median(values) for name, values in times.items()}
     total = own * place.world
-    return {
-        "ranks": place.world,
+    return record("checkpoint", place) | {
         "bytes": total,
         "rounds": rounds,
         "first_save_s": first,
@@ -115,16 +138,6 @@ def _pieces(params: int, place: launch.Place, device: torch.device) -> dict[str,
             values = torch.full((end - begin,), float(number), device=device)
             pieces[f"{copy}.{number}"] = Piece(values, extent)
     return pieces
-
-
-def _timed(work: Callable[[], None]) -> float:
-    """Seconds until the slowest rank has done it."""
-    dist.barrier()
-    begin = time.perf_counter()
-    work()
-    took = torch.tensor(time.perf_counter() - begin, dtype=torch.float64)
-    dist.all_reduce(took, dist.ReduceOp.MAX)
-    return float(took)
 
 
 def _copy(sources: list[Tensor], copies: list[Tensor]) -> None:

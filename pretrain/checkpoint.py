@@ -21,6 +21,7 @@ from data_pipeline.cursor import Cursor
 from parallel import saving, storage
 from parallel.errors import DamagedError
 from parallel.index import INDEX, Index
+from pretrain.interval import Interval
 from pretrain.manifest import (
     CheckpointConfig,
     CheckpointError,
@@ -28,7 +29,6 @@ from pretrain.manifest import (
     check_same,
     differing,
     expired,
-    is_ephemeral,
     publish,
     read_manifest,
     root,
@@ -57,8 +57,12 @@ class Checkpoint:
         run_dir: Path,
         facts: dict[str, Any],
         say: Callable[[str], None],
+        nodes: int = 1,
     ) -> None:
-        """facts: what the manifest holds beside the state: the run's identity, latents, config."""
+        """facts: what the manifest holds beside the state: the run's identity, latents, config.
+
+        nodes: that the run may lose.
+        """
         self._cfg = cfg
         self._run_dir = run_dir
         self._facts = facts
@@ -70,6 +74,8 @@ class Checkpoint:
         self._thread: Thread | None = None
         self._failure: BaseException | None = None
         self._failed_in_a_row = 0
+        self._interval = Interval(cfg, nodes)
+        self._proposed: int | None = None  # interval that all ranks heard of
         self._at: int | None = None  # step last saved or restored
         self._back_at: int | None = None  # step last rolled back to
         token = [secrets.token_hex(3)]
@@ -77,8 +83,8 @@ class Checkpoint:
         self._token = token[0]  # why: ranks of a run that died may still be writing
 
     def due(self, step: int) -> bool:
-        """Whether this step is saved."""
-        return step % self._cfg.every == 0 or is_ephemeral(self._cfg, step)
+        """Whether this step is saved; asked of each step, once it is made."""
+        return self._interval.due(step)
 
     def restore(self, state: TrainState) -> bool:
         """Loads the newest checkpoint that is whole and undamaged; False for a fresh run.
@@ -136,6 +142,7 @@ class Checkpoint:
         """Takes the clock, and says what an accepted change does to the order of the data."""
         state.loaded(manifest["state"])
         self._at = state.step
+        self._interval.restored(state.step, manifest.get("interval"))
         theirs, ours = manifest["data"], self._facts["data"]
         changed = differing(theirs, ours) if theirs is not None else set()
         if changed - {"global_batch"}:
@@ -175,7 +182,7 @@ class Checkpoint:
         if not self.restore(state):
             raise NoWayBackError(
                 f"there is no checkpoint before step {before} to roll back to; "
-                "set checkpoint.every lower, lower optim.lr, or look at the data"
+                "set checkpoint.every to a lower number, lower optim.lr, or look at the data"
             )
         if state.step == self._back_at:
             raise NoWayBackError(
@@ -191,19 +198,24 @@ class Checkpoint:
         """
         if state.step == self._at:
             return
+        step_seconds = self._interval.step_seconds(state.step)
+        begin = time.perf_counter()
         self._join()
+        waited = time.perf_counter() - begin
         if self._failed_in_a_row > 1:
             assert self._failure is not None
             raise self._failure
         tensors = state.tensors()
-        begin = time.perf_counter()
         if self._writer is None:
             self._writer = saving.Writer(tensors, self._group)
+        begin = time.perf_counter()
         self._writer.stage(tensors)
         copied = time.perf_counter() - begin
         self._at = state.step
+        self._interval.saved(state.step)
+        times = (copied, waited + copied, step_seconds)
         self._thread = Thread(
-            target=self._flush, args=(state.step, state.scalars(), copied), daemon=True
+            target=self._flush, args=(state.step, state.scalars(), *times), daemon=True
         )
         self._thread.start()
 
@@ -220,25 +232,42 @@ class Checkpoint:
         self._thread = None
         if self._failure is None:
             self._failed_in_a_row = 0
+            assert self._proposed is not None
+            words = self._interval.adopt(self._proposed)
+            if words is not None:
+                self._say(words)
             return
         self._failed_in_a_row += 1
         self._at = None
         if not isinstance(self._failure, OSError):
             raise self._failure
 
-    def _flush(self, step: int, scalars: dict[str, Any], copied: float) -> None:
-        """Runs in the thread. Whether the save is there is the same for all ranks."""
+    def _flush(
+        self,
+        step: int,
+        scalars: dict[str, Any],
+        copied: float,
+        blocked: float,
+        step_seconds: float | None,
+    ) -> None:
+        """Runs in the thread. What it leaves is the same for all ranks: whether the save is there,
+        and the interval to the next one, which rank 0 proposes.
+        """
         assert self._writer is not None
         final = root(self._run_dir) / f"step_{step:08d}"
         partial = final.with_name(f".{final.name}.{self._token}.partial")
         begin = time.perf_counter()
         try:
-            index, problem = self._writer.write(partial), [None]
+            index = self._writer.write(partial)
+            heard: list[Any] = [None, None]
             if index is not None:
-                problem = [self._try_to_publish(partial, final, index, scalars)]
-            dist.broadcast_object_list(problem, src=0, group=self._group)  # dist: once a save
-            if problem[0] is not None:
-                raise OSError(problem[0])
+                written = copied + time.perf_counter() - begin
+                heard[1] = self._interval.proposal(blocked, written, step_seconds)
+                heard[0] = self._try_to_publish(partial, final, index, scalars, heard[1])
+            dist.broadcast_object_list(heard, src=0, group=self._group)  # dist: once a save
+            problem, self._proposed = heard
+            if problem is not None:
+                raise OSError(problem)
         except BaseException as error:  # why: nobody looks at what a thread raises
             self._failure = error
             if dist.get_rank() == 0:
@@ -254,11 +283,12 @@ class Checkpoint:
         self._warn_of_torchrun(took + copied)
 
     def _try_to_publish(
-        self, partial: Path, final: Path, index: Index, scalars: dict[str, Any]
+        self, partial: Path, final: Path, index: Index, scalars: dict[str, Any], interval: int
     ) -> str | None:
         """Why the checkpoint is not there, None if it is."""
+        chosen = {"interval": interval} if self._interval.automatic else {}
         try:
-            publish(partial, final, index, scalars, self._facts)
+            publish(partial, final, index, scalars, self._facts | chosen)
         except Exception as error:  # why: the others must hear of it, or they would wait
             return f"{final} cannot be completed: {error}"
         try:

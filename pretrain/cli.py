@@ -3,6 +3,7 @@
 Exit codes: 0 ended well, 2 the input is wrong (one message, no traceback), else 1.
 """
 
+import json
 import os
 import sys
 from dataclasses import asdict
@@ -14,13 +15,17 @@ import typer
 from parallel import launch
 from pretrain import config
 from pretrain.cli_bench import bench
+from pretrain.cli_cluster import health, status, submit
 from pretrain.cli_data import data
+from pretrain.manifest import write_whole
 from pretrain.showing import AsJson, show
 from pretrain.wrong_input import INPUT_ERRORS
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(data, name="data")
 app.add_typer(bench, name="bench")
+for command in (submit, status, health):
+    app.command()(command)
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")]
@@ -61,12 +66,15 @@ def plan(
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=0, help="Ranks; 0: as the mesh says.")] = 0,
     device: Annotated[str, typer.Option(help="h100 | h200 | cpu")] = "h100",
+    links: Annotated[
+        Path | None, typer.Option(help="What the site reaches; default: its links.json.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Parameters, FLOPs and bytes per rank of a run, before anybody pays for it."""
+    """Parameters, FLOPs, bytes per rank and hours of a run, before anybody pays for it."""
     from pretrain import planned
 
-    show(planned.of(config.load(path, overrides or []), gpus, device), as_json)
+    show(planned.of(config.load(path, overrides or []), gpus, device, links), as_json)
 
 
 @app.command()
@@ -110,6 +118,7 @@ def evaluate(
     guidance: Annotated[float | None, typer.Option(help="1: none.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     weights: Which = "ema",
+    out: Annotated[Path | None, typer.Option(help="JSON file for the scores.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Score samples: class agreement and Fréchet distance on a small classifier's features."""
@@ -118,7 +127,10 @@ def evaluate(
     opened = trained.Trained.load(place, weights)
     cfg = opened.sampling(sampler=sampler, steps=steps, guidance=guidance)
     scores, _ = opened.score(cfg, count=count, seed=seed, data=data_path)
-    show({"checkpoint": str(opened.folder), "step": opened.step, **asdict(scores)}, as_json)
+    found = {"checkpoint": str(opened.folder), "step": opened.step, **asdict(scores)}
+    if out is not None:
+        write_whole(out, json.dumps(found, indent=1))
+    show(found, as_json)
 
 
 @app.command()

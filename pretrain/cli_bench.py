@@ -1,13 +1,16 @@
 """`pretrain bench …`: parts of the program beside what the machine gives."""
 
+import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from parallel import launch
+from pretrain.manifest import write_whole
 from pretrain.showing import AsJson, show
 from pretrain.wrong_input import INPUT_ERRORS
 
@@ -15,22 +18,96 @@ bench = typer.Typer(
     no_args_is_help=True, help="Parts of the program beside what the machine gives."
 )
 
+Nproc = Annotated[int, typer.Option(min=0, help="Local ranks; 0: this process alone.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Medians of so many.")]
+Out = Annotated[Path | None, typer.Option(help="Write the JSON here too.")]
+
+
+def _measure(
+    work: Callable[[], dict[str, Any]], nproc: int, as_json: bool, out: Path | None
+) -> None:
+    """Under torchrun or srun as one rank of theirs, else on `nproc` local ranks."""
+    if nproc and launch.STORE not in os.environ and launch.Place.here().world == 1:
+        command = [sys.executable, "-m", "pretrain", *sys.argv[1:]]
+        raise typer.Exit(launch.spawn(command, nproc))
+    launch.die_with_parent()
+    with launch.guarded(INPUT_ERRORS):
+        found = work()
+    if launch.Place.here().rank == 0:
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(out, json.dumps(found, indent=1))
+        show(found, as_json)
+
 
 @bench.command()
 def checkpoint(
     params: Annotated[float, typer.Option(min=1, help="Parameters; 16 bytes each.")] = 2e8,
-    nproc: Annotated[int, typer.Option(min=0, help="Local ranks; 0: this process alone.")] = 2,
-    rounds: Annotated[int, typer.Option(min=1, help="Medians of so many.")] = 5,
+    nproc: Nproc = 2,
+    rounds: Rounds = 5,
     where: Annotated[Path, typer.Option("--dir", help="On the disk to measure.")] = Path("runs"),
     as_json: AsJson = False,
+    out: Out = None,
 ) -> None:
     """What a save costs beside a plain copy, and its writing beside dd with fsync."""
     from pretrain import bench as benches
 
-    if nproc and launch.STORE not in os.environ and launch.Place.here().world == 1:
-        command = [sys.executable, "-m", "pretrain", *sys.argv[1:]]
-        raise typer.Exit(launch.spawn(command, nproc))
-    with launch.guarded(INPUT_ERRORS):
-        found = benches.checkpoint(int(params), where, rounds)
-    if launch.Place.here().rank == 0:
-        show(found, as_json)
+    _measure(lambda: benches.checkpoint(int(params), where, rounds), nproc, as_json, out)
+
+
+@bench.command()
+def links(
+    sizes: Annotated[str, typer.Option(help="MiB, as 1,16,256; default: by device.")] = "",
+    nproc: Nproc = 2,
+    rounds: Rounds = 5,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Bus bandwidth of collectives inside a node, across nodes and over the world; matmul, copy."""
+    from pretrain import bench as benches
+
+    chosen = _numbers(sizes)
+    _measure(lambda: benches.links(chosen, rounds), nproc, as_json, out)
+
+
+@bench.command()
+def dispatch(
+    tokens: Annotated[int, typer.Option(min=1, help="Of a rank.")] = 4096,
+    width: Annotated[int, typer.Option(min=1)] = 1024,
+    hidden: Annotated[int, typer.Option(min=0, help="Inside an expert; 0: width/4.")] = 0,
+    experts: Annotated[int, typer.Option(min=1, help="Of all ranks together.")] = 64,
+    top_k: Annotated[int, typer.Option(min=1)] = 4,
+    ep: Annotated[int, typer.Option(min=0, help="Ranks that share them; 0: a node's.")] = 0,
+    capacity: Annotated[float, typer.Option(min=1, help="Static buffer ÷ even share.")] = 2.0,
+    nproc: Nproc = 2,
+    rounds: Rounds = 5,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Tokens to experts and back, exact and static, forward and backward."""
+    from pretrain import bench_dispatch as benches
+
+    inside = hidden or max(1, width // 4)
+    sizes = benches.Sizes(tokens, width, inside, experts, top_k, ep, capacity)
+    _measure(lambda: benches.dispatch(sizes, rounds), nproc, as_json, out)
+
+
+@bench.command()
+def site(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What slurm/acceptance.sh left.")],
+    as_json: AsJson = False,
+) -> None:
+    """One report of an acceptance, and the site's link file that `pretrain plan` reads."""
+    from pretrain import bench_site
+
+    show(bench_site.report(folder), as_json)
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        found = [float(word) for word in text.split(",") if word]
+    except ValueError:
+        found = [0.0]
+    if any(number <= 0 for number in found):
+        raise typer.BadParameter(f"--sizes {text}: expected sizes in MiB above 0, such as 1,16,256")
+    return found

@@ -2,12 +2,15 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from pretrain.showing import AsJson, show
+
+if TYPE_CHECKING:
+    from data_pipeline.shards import Manifest
 
 data = typer.Typer(no_args_is_help=True, help="Images to shards, and what is in them.")
 
@@ -25,12 +28,22 @@ def encode(
     lanes: Annotated[int, typer.Option(min=1, help="Contiguous ranges read side by side.")] = 1024,
     shard_size_mb: Annotated[float, typer.Option(help="Bytes of a tar, in MB.")] = 256,
     seed: Annotated[int, typer.Option(min=0, help="Of the order samples are written in.")] = 0,
-    device: Annotated[str, typer.Option(help="Where a VAE runs.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="Where a VAE runs; auto: cuda if it is there.")
+    ] = "cpu",
     overwrite: Annotated[bool, typer.Option(help="Replace an existing set.")] = False,
+    part: Annotated[str | None, typer.Option(help="I/N: one of N parts, for merge.")] = None,
 ) -> None:
     """Images to latents to WebDataset shards, with an index and a manifest."""
-    from data_pipeline import encode as encoding
+    import torch
 
+    from data_pipeline import encode as encoding
+    from data_pipeline import parts
+
+    which = parts.parse(part) if part else None
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        print(f"device {device}")
     with Console(stderr=True).status("reading") as status:
         manifest = encoding.encode(
             src,
@@ -47,11 +60,31 @@ def encode(
             device=device,
             overwrite=overwrite,
             progress=lambda done, total: status.update(f"{done} of {total} images"),
+            part=which,
+            note=print,
         )
+    _tell(parts.place(out, which) if which else out, manifest)
+
+
+@data.command()
+def merge(
+    path: Path,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing set.")] = False,
+) -> None:
+    """Join the parts that `encode --part` wrote below PATH. Killed, it can be run again."""
+    from data_pipeline import merge as merging
+
+    _tell(path, merging.merge(path, overwrite=overwrite))
+
+
+def _tell(out: Path, manifest: "Manifest") -> None:
+    """What a set holds, in one line, or two if files were left out."""
     counts = ", ".join(f"{split.count} {name}" for name, split in manifest.splits.items())
-    print(f"{out}: {counts}; codec {manifest.codec}, latents {manifest.latent_shape}")
+    print(
+        f"{out}: {counts or 'no images'}; codec {manifest.codec}, latents {manifest.latent_shape}"
+    )
     if manifest.quarantined:
-        listing = Path(out) / str(manifest.quarantine)
+        listing = out / str(manifest.quarantine)
         print(f"left out because no image: {manifest.quarantined}, listed in {listing}")
 
 

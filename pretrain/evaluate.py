@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.neural_network import MLPClassifier
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn import functional as F
@@ -69,6 +67,8 @@ class Classifier:
         # why: one scale for all pixels. A border pixel is constant in the data, and dividing by its
         # own deviation would make the faintest trace in a sample outweigh the drawing.
         self._std = float(pixels.std()) or 1.0
+        from sklearn.exceptions import ConvergenceWarning
+
         batch = min(_BATCH, len(pixels))
         epochs = max(_EPOCHS, math.ceil(_UPDATES * batch / len(pixels)))
         self._net = _perceptron(batch, epochs, seed)
@@ -222,6 +222,9 @@ def score(
 
 
 def _perceptron(batch: int, epochs: int, seed: int) -> Any:
+    # perf: scikit-learn takes 2 s to import, and every rank of a training imports this module.
+    from sklearn.neural_network import MLPClassifier
+
     return MLPClassifier(
         hidden_layer_sizes=(256, 64),
         batch_size=batch,

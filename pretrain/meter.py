@@ -1,8 +1,9 @@
-"""Rates of a run: images and FLOPs a second, time lost to data, memory. Writes nothing."""
+"""Rates of a run: images and FLOPs a second, what time went to, memory. Writes nothing."""
 
 import resource
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -24,18 +25,28 @@ class Meter:
         self._flops = flops_per_image
         self._peak = _peak() * world
         self._dropped = 0.0  # picks, up to the last record
-        self._begin, self._steps, self._waited = time.perf_counter(), 0, 0.0
+        self.spent = {"data": 0.0, "save": 0.0, "other": 0.0}  # seconds since the start
+        self._begin, self._steps = time.perf_counter(), 0
+        self._waited = 0.0  # seconds for data, up to the last record
+
+    @contextmanager
+    def spending(self, kind: str) -> Iterator[None]:
+        """The seconds inside were spent on this: data, save or other."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent[kind] += time.perf_counter() - begin
 
     def waiting(self, batches: Iterable[T]) -> Iterator[T]:
         """The same batches; the time each was waited for is counted."""
         source = iter(batches)
         while True:
-            asked = time.perf_counter()
             try:
-                item = next(source)
+                with self.spending("data"):
+                    item = next(source)
             except StopIteration:
                 return
-            self._waited += time.perf_counter() - asked
             self._steps += 1
             yield item
 
@@ -54,7 +65,7 @@ class Meter:
             "images_per_s": images,
             "tflops": images * self._flops / 1e12,
             "mfu": images * self._flops / self._peak if self._peak else None,
-            "data_wait": self._waited / steps,
+            "data_wait": (self.spent["data"] - self._waited) / steps,
             "step_time": seconds,
             "memory_gb": _memory() / 1e9,
             "skipped": state.skipped,
@@ -63,7 +74,7 @@ class Meter:
             dropped = float(metrics.dropped)
             values |= moe_load(metrics.load) | {"moe.dropped": dropped - self._dropped}
             self._dropped = dropped
-        self._begin, self._steps, self._waited = now, 0, 0.0
+        self._begin, self._steps, self._waited = now, 0, self.spent["data"]
         return values
 
 

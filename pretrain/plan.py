@@ -88,6 +88,7 @@ class Plan:
     params_total: int  # trainable
     params_active: int  # as published for MoE: fixed positions counted, unchosen experts not
     params_active_trainable: int  # the trainable ones among them
+    params_experts: int  # of all routed experts
     macs_forward: int  # an image, the published trained graph
     macs_forward_merged: int  # the same after merging
     flops_train_per_image: int  # 2 × MACs × 3
@@ -107,11 +108,10 @@ def plan(cfg: ModelConfig, layout: Layout) -> Plan:
         _, cost = counted("published", cfg, layout.precision)
         _, merged = counted("merged", cfg, layout.precision)
     total = sum(p.numel() for p in model.parameters())
-    idle = sum(
-        p.numel() * (layer.cfg.experts - layer.cfg.top_k) // layer.cfg.experts
-        for layer in moe_layers(model)
-        for p in layer.experts.parameters()
-    )
+    experts = [
+        (p.numel(), layer.cfg) for layer in moe_layers(model) for p in layer.experts.parameters()
+    ]
+    idle = sum(size * (of.experts - of.top_k) // of.experts for size, of in experts)
     # why: the published activated counts of DiT-MoE hold the frozen position table, their
     # totals do not.
     tables = sum(m.table.numel() for m in model.modules() if isinstance(m, PositionTable))
@@ -120,6 +120,7 @@ def plan(cfg: ModelConfig, layout: Layout) -> Plan:
         params_total=total,
         params_active=total - idle + tables if idle else total,
         params_active_trainable=total - idle,
+        params_experts=sum(size for size, _ in experts),
         macs_forward=cost.macs,
         macs_forward_merged=merged.macs,
         flops_train_per_image=6 * cost.macs,

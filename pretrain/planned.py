@@ -1,26 +1,50 @@
 """`pretrain plan`: a run's configuration to what it needs, as plain values."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from parallel import fsdp
 from parallel.mesh import Degrees, Mesh, degrees
 from parallel.rehearse import rehearsed
 from parallel.shards import local
-from pretrain import plan
+from pretrain import config, hours, plan, site
 from pretrain.config import Config, ConfigError, check_batch
+from pretrain.meter import PEAK
 from pretrain.parallelize import sharded
 from pretrain.preflight import check_axes
 
 MEMORY = {"h100": 80 * 1024**3, "h200": 141 * 10**9}  # bytes a device has, vendors' data sheets
 
 
-def of(cfg: Config, gpus: int, device: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Counted:
+    """A run on a layout, counted."""
+
+    cfg: Config
+    layout: plan.Layout
+    plan: plan.Plan
+
+    def hours(self, figures: hours.Figures) -> hours.Hours:
+        moe = getattr(self.cfg.model, "moe", None)
+        room = 1.0
+        if moe is not None and moe.dispatcher == "static":
+            room = min(moe.capacity, self.layout.sizes.ep)
+        return hours.of(self.plan, self.layout, self.cfg.steps, figures, room=room)
+
+    @property
+    def flops(self) -> int:
+        """Of training, an image."""
+        return self.plan.flops_train_per_image
+
+
+def of(cfg: Config, gpus: int, device: str, links: Path | None = None) -> dict[str, Any]:
     """The plan of a run on `gpus` ranks (0: as many as the mesh says, or the fewest it needs).
 
-    Raises ConfigError for an unknown device or a batch that does not split, LayoutError for degrees
-    that do not fit.
+    links: link file of a site; None: the site's own if there is one, else data sheets. Raises
+    ConfigError for an unknown device or a batch that does not split, LayoutError for degrees that
+    do not fit, LinksError for a link file that is broken or of another device.
     """
     if device not in (*MEMORY, "cpu"):
         raise ConfigError(f"--device {device}: known devices are {', '.join(MEMORY)} and cpu")
@@ -28,6 +52,22 @@ def of(cfg: Config, gpus: int, device: str) -> dict[str, Any]:
         raise ConfigError(
             f"engine={cfg.engine}: what is planned are the bytes of FSDP2; set engine=fsdp2"
         )
+    one = counted(cfg, gpus)
+    sizes = one.layout.sizes
+    values = asdict(one.plan)
+    values["built"] = built(cfg, sizes)
+    values["ranks"] = sizes.world
+    values["micro_batch"] = one.layout.micro_batch
+    values["flops_run"] = one.flops * cfg.data.global_batch * cfg.steps
+    values["device"] = device
+    if device in MEMORY:
+        away = sum(values["built"].values()) if cfg.mesh.offload else 0  # in CPU memory
+        values["fits_memory"] = one.plan.per_rank.total - away <= MEMORY[device]
+    return values | asdict(_hours(one, device, links))
+
+
+def counted(cfg: Config, gpus: int) -> Counted:
+    """Raises ConfigError or LayoutError as `of` does."""
     mesh = cfg.mesh
     least = mesh.dp_shard or math.ceil(mesh.ep * mesh.etp / (mesh.sp * mesh.tp))
     sizes = degrees(mesh, gpus or mesh.dp_replicate * least * mesh.sp * mesh.tp)
@@ -43,17 +83,35 @@ def of(cfg: Config, gpus: int, device: str) -> dict[str, Any]:
         remat=cfg.remat,
         averages=len(cfg.ema.names),
     )
-    counted = plan.plan(cfg.model, layout)
-    values = asdict(counted)
-    values["built"] = built(cfg, sizes)
-    values["ranks"] = sizes.world
-    values["micro_batch"] = layout.micro_batch
-    values["flops_run"] = counted.flops_train_per_image * cfg.data.global_batch * cfg.steps
-    values["device"] = device
-    if device in MEMORY:
-        away = sum(values["built"].values()) if mesh.offload else 0  # in CPU memory
-        values["fits_memory"] = counted.per_rank.total - away <= MEMORY[device]
-    return values
+    return Counted(cfg, layout, plan.plan(cfg.model, layout))
+
+
+def of_run(folder: Path, ranks: int) -> Counted:
+    """What a run directory's own configuration needs on so many ranks."""
+    return counted(config.load(folder / "config.yaml", []), ranks)
+
+
+def _hours(one: Counted, device: str, links: Path | None) -> hours.Hours:
+    path = links or site.default()
+    file = None if path is None else site.read(path)
+    passed_over = ""
+    if file is not None and not file.is_of(device):
+        told = f"{path} was measured on {file.chip}, not on the {device} that is planned for"
+        if links is not None:
+            raise site.LinksError(f"{told}; give another --links or --device")
+        file, passed_over = None, f" ({told})"
+    if file is not None:
+        figures = file.figures(one.flops)
+        if figures is None:
+            return hours.unknown(
+                f"{path} holds no training run; run slurm/acceptance.sh to its end"
+            )
+        return one.hours(figures)
+    if device not in MEMORY:
+        why = f"no figures for a {device}: run slurm/acceptance.sh here, or give --links FILE"
+        return hours.unknown(why + passed_over)
+    found = one.hours(hours.assumed(PEAK[device.upper()], one.layout.sizes.world))
+    return replace(found, hours_basis=found.hours_basis + passed_over)
 
 
 def built(cfg: Config, sizes: Degrees, rank: int = 0) -> dict[str, int]:

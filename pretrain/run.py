@@ -2,7 +2,8 @@
 
 The signal contract: SIGTERM, SIGINT or a file `stop` in the directory asks; all ranks agree in the
 step's own reduction, save, and end with 0; `done` appears only at the last step. A second signal
-some seconds later ends a rank at once.
+some seconds later ends a rank at once. On Slurm the batch shell makes the file when it gets USR1,
+and requeues a job that ended without `done`; that half is stated in slurm/lib.sh.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ import torch
 
 from pretrain.manifest import root, write_whole
 
+COMMIT = "commit"  # file beside the code of a job, written by slurm/lib.sh and by `submit`
 SAME_REQUEST = 5.0  # seconds after a signal from which on another one means: do not save
 
 
@@ -104,12 +106,14 @@ class Run:
             (self.folder / "stop").unlink()
 
 
-def _locked(folder: Path, patience: float = 20.0) -> TextIO:
+def _locked(folder: Path) -> TextIO:
     """Holds the directory for this process.
 
-    Why: after a kill the old ranks may still be dying; two writers would mix their histories.
+    Why: after a kill the old ranks may still be dying; two writers would mix their histories. A
+    requeued job waits longer: NFSv4 holds the locks of a dead node for a lease of about 90 s.
     """
     handle = (folder / ".lock").open("w")
+    patience = 20.0 if os.environ.get("SLURM_RESTART_COUNT", "0") == "0" else 240.0  # seconds
     end = time.monotonic() + patience
     while True:
         try:
@@ -137,7 +141,7 @@ def environment() -> dict[str, Any]:
         "machine": platform.node(),
         "cores": os.cpu_count(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "commit": _commit(),
+        "commit": commit(),
         "packages": {name: _version(name) for name in packages},
     }
 
@@ -149,11 +153,13 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
-    """The commit of the source tree, None outside a checkout."""
+def commit() -> str | None:
+    """The commit of this code, None outside a checkout; a copy for a job has it in a file."""
+    here = Path(__file__).resolve().parents[1]
+    if (here / COMMIT).is_file():
+        return (here / COMMIT).read_text().strip() or None
     if shutil.which("git") is None:
         return None
-    here = Path(__file__).resolve().parent
     answer = subprocess.run(
         ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )

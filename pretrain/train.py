@@ -29,6 +29,7 @@ from pretrain.run import Run
 from pretrain.schedules import every
 from pretrain.seen import Seen
 from pretrain.state import TrainState
+from pretrain.timeline import Timeline
 
 
 def step_config(cfg: Config) -> StepConfig:
@@ -68,15 +69,11 @@ def train(cfg: Config) -> None:
     threads = cfg.threads or launch.default_threads(place)
     if cfg.deterministic:
         make_deterministic()
-    device = launch.join(
-        place,
-        threads=threads,
-        timeout=timedelta(seconds=cfg.timeout),
-        stacks=Path(cfg.run_dir) / "stacks",
-    )
+    folder, timeout = Path(cfg.run_dir), timedelta(seconds=cfg.timeout)
+    device = launch.join(place, threads=threads, timeout=timeout, stacks=folder / "stacks")
     sizes = degrees(cfg.mesh, place.world)
     mesh = Mesh(sizes, device.type, ordered=cfg.deterministic)
-    run = Run(Path(cfg.run_dir), place.rank)
+    run = Run(folder, place.rank)
     loader = Loader(cfg.data, mesh.data.rank, mesh.data.size, seed=cfg.seed)
     backend = parallelize(
         cfg.model,
@@ -91,29 +88,26 @@ def train(cfg: Config) -> None:
     )
     state = TrainState.new(backend, cfg.optim, cfg.ema, cfg.guard, seed=cfg.seed)
     engine = Engine(state, cfg.objective, cfg.schedule, step_config(cfg), mesh, run.say)
-    launch.limit(timedelta(seconds=cfg.timeout))  # of every group, those of libraries too
-    manifest = loader.info
+    launch.limit(timeout)  # of every group, those of libraries too
+    manifest, settings = loader.info, cfg.model_dump(mode="json")
     facts = {
         **identity(cfg, manifest),
         "latents": manifest.model_dump(mode="json") | {"splits": {}},
-        "config": cfg.model_dump(mode="json"),
+        "config": settings,
     }
-    checkpoint = Checkpoint(cfg.checkpoint, run.folder, facts, run.say)
+    nodes = place.world // place.local_world
+    checkpoint = Checkpoint(cfg.checkpoint, folder, facts, run.say, nodes)
     preview = Preview(cfg.sample, cfg.objective, manifest, mesh, null=cfg.model.num_classes)
 
     # Restore: the same command resumes. Nothing to load is a fresh run.
     checkpoint.restore(state)
-    run.describe(
-        config.to_yaml(cfg),
-        cfg.steps,
-        {"threads": threads, "world": place.world, "mesh": asdict(sizes)},
-    )
-    settings = cfg.model_dump(mode="json")
+    layout = {"threads": threads, "world": place.world, "mesh": asdict(sizes)}
+    run.describe(config.to_yaml(cfg), cfg.steps, layout)
     log = Log(
-        cfg.log, run.folder, rank=place.rank, steps=cfg.steps, start=state.step, settings=settings
+        cfg.log, folder, rank=place.rank, steps=cfg.steps, start=state.step, settings=settings
     )
     seen = Seen(
-        run.folder,
+        folder,
         mesh.data.rank,
         of=mesh.data.size,
         start=state.step,
@@ -124,10 +118,11 @@ def train(cfg: Config) -> None:
 
     # Loop: one line a verb, in the order time flows.
     stop = any_rank(run.asked_to_stop())  # dist: once; a request made before the start counts
+    timeline = Timeline(folder, place, state.step, meter.spent)
     batches = meter.waiting(loader.start(state.cursor))
     while not stop and state.step < cfg.steps:
         batch, cursor = next(batches)
-        metrics = engine.step(batch, stop=run.asked_to_stop())
+        metrics = engine.step(batch, stop=timeline.asked(state.step, run.asked_to_stop()))
         seen.append(state.step + 1, engine.position, batch)
         state.advance(cursor)
         saves = checkpoint.due(state.step)
@@ -136,22 +131,28 @@ def train(cfg: Config) -> None:
             go_back(state, engine, checkpoint, run)
             log.rewind(state.step)
             seen.rewind(state.step)
+            timeline.passed(state.step, line=True)
             batches = meter.waiting(loader.start(state.cursor))
             continue
         log.tick(state.step)
-        if every(cfg.log.every, state.step):
-            log.train(
-                state.step, meter.record(state, metrics)
-            )  # sync: the only one in a plain step
-        if every(cfg.sample.every, state.step):
-            picture = run.folder / "samples" / f"step_{state.step:08d}.png"
-            preview.save(state, picture)
-            log.picture(state.step, "samples", picture)
+        logs = every(cfg.log.every, state.step)
+        values = meter.record(state, metrics) if logs else {}  # sync: the only one in a plain step
+        with meter.spending("other"):
+            if logs:
+                log.train(state.step, values)
+            if every(cfg.sample.every, state.step):
+                picture = folder / "samples" / f"step_{state.step:08d}.png"
+                preview.save(state, picture)
+                log.picture(state.step, "samples", picture)
         if saves and not state.skipped_in_a_row:  # a row may have to be undone
-            checkpoint.save(state)
-    checkpoint.save(state)  # saving a saved step is a no-op
-    checkpoint.wait()
+            with meter.spending("save"):
+                checkpoint.save(state)
+        timeline.passed(state.step, line=saves or logs, stop=stop)
+    with meter.spending("save"):
+        checkpoint.save(state)  # saving a saved step is a no-op
+        checkpoint.wait()
     run.end(state.step, cfg.steps)
+    timeline.end(state.step)
     log.close()
     seen.close()
     loader.close()

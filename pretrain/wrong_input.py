@@ -9,6 +9,9 @@ from pretrain.manifest import CheckpointError
 from pretrain.metrics import LogError
 from pretrain.run import RunError
 from pretrain.sampling import SamplingError
+from pretrain.site import LinksError
+from pretrain.status import StatusError
+from pretrain.submit import SubmitError
 
 INPUT_ERRORS = (
     ConfigError,
@@ -21,4 +24,7 @@ INPUT_ERRORS = (
     EvaluationError,
     LogError,
     RunError,
+    LinksError,
+    StatusError,
+    SubmitError,
 )

@@ -76,7 +76,8 @@ def test_pure_parts_import_no_sibling(name: str) -> None:
 
 
 def test_only_the_page_and_the_commands_see_the_root_config() -> None:
-    names = "train cli cli_cluster wrong_input trained imports planned preflight health submit demo"
+    names = "train cli cli_cluster wrong_input trained imports planned preflight demo"
+    names += " health submit"
     allowed = {f"{name}.py" for name in names.split()}
     for path in SOURCES:
         if path.name not in allowed:
@@ -93,7 +94,11 @@ def test_files_and_functions_stay_short(path: Path) -> None:
     text = path.read_text()
     assert len(text.splitlines()) <= 400
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef) and path.name not in ("train.py", "cli.py", "cli_data.py"):
+        if isinstance(node, ast.FunctionDef) and path.name not in (
+            "train.py",
+            "cli.py",
+            "cli_data.py",
+        ):
             length = (node.end_lineno or 0) - node.lineno + 1
             assert length <= 70, f"{node.name} has {length} lines"
     assert path.name not in ("utils.py", "common.py", "base.py")

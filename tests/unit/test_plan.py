@@ -4,6 +4,7 @@ import json
 import resource
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from parallel.errors import LayoutError
 from parallel.mesh import Degrees, Mesh, degrees
 from parallel.rehearse import rehearsed
-from pretrain import config, planned
+from pretrain import config, planned, site
 from pretrain.models.build import build
 from pretrain.models.dit import DiTConfig, DiTMoEConfig
 from pretrain.models.udit import UDiTConfig
 from pretrain.plan import Layout, flops_per_image, plan
+from pretrain.site import Efficiency, LinkFile, LinksError, Rates
 
 FLAGSHIP = UDiTConfig(
     width=768,
@@ -184,6 +186,8 @@ def test_the_largest_models_stand_as_planned_and_fit(
     assert values["built"] == {name: values["per_rank"][name] for name in values["built"]}
     assert values["per_rank"]["total"] < 80e9
     assert values["fits_memory"] is True
+    assert values["step_seconds"] == max(values["compute_seconds"], values["communication_seconds"])
+    assert values["gpu_hours"] == values["hours"] * ranks
 
 
 @pytest.mark.parametrize(("world", "mesh"), [(512, "ep=8"), (1024, "ep=64")])
@@ -238,6 +242,49 @@ def test_equal_blocks_counted_once_give_what_a_whole_run_gives() -> None:
 def test_expert_degree_that_does_not_fit_is_refused() -> None:
     with pytest.raises(LayoutError, match="ep=4 must divide"):
         plan(EXPERTS, Layout(Degrees(dp_shard=4, ep=4)))
+
+
+def test_hours_come_from_the_site_or_are_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PRETRAIN_SITE", str(tmp_path))
+    cfg = config.validate(tree_of(DENSE, Degrees(dp_shard=2)))
+    blind = planned.of(cfg, 2, "cpu")
+    assert blind["hours"] is blind["step_seconds"] is None
+    assert "no figures for a cpu" in blind["hours_basis"]
+    sheet = planned.of(cfg, 2, "h200")
+    assert sheet["hours_basis"].startswith("assumed")
+    site.write(FILE)
+    measured = planned.of(cfg, 2, "cpu")
+    flops = measured["flops_train_per_image"]  # one step of one image a rank
+    assert measured["compute_seconds"] == pytest.approx(flops / (0.5 * 1e12))
+    assert "measured on 2026-11-21" in measured["hours_basis"]
+    assert [row["axis"] for row in measured["communication"]] == ["dp_shard", "dp_shard"]
+    other = planned.of(cfg, 2, "h200")
+    assert other["hours"] == sheet["hours"]
+    assert "was measured on some CPU" in other["hours_basis"]
+    with pytest.raises(LinksError, match="some CPU"):
+        planned.of(cfg, 2, "h200", links=tmp_path / "links.json")
+    site.write(FILE.model_copy(update={"efficiency": {}}))
+    assert planned.of(cfg, 2, "cpu")["hours"] is None
+
+
+FILE = LinkFile(
+    chip="some CPU",
+    device="cpu",
+    gpus_per_node=2,
+    nodes=1,
+    date="2026-11-21",
+    commit=None,
+    inside=Rates(all_reduce=1.0, all_gather=1.0, reduce_scatter=1.0, all_to_all=1.0),
+    across=None,
+    world=None,
+    matmul_tflops=1.0,
+    copy_gb_per_s=1.0,
+    efficiency={"some": Efficiency(flops_per_image=1, of_matmul=0.5)},
+    save_gb_per_s=None,
+    load_gb_per_s=None,
+)
 
 
 def test_plan_is_plain_data() -> None:
