@@ -191,6 +191,18 @@ def leave() -> None:
     dist.destroy_process_group()
 
 
+def meet_elsewhere() -> None:
+    """After `leave`: the next `join` of these processes takes another port.
+
+    Why: a rank that is quick could still reach the store of the group that is ending.
+    """
+    if "MASTER_PORT" in os.environ:
+        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 5)
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = (
+            "False"  # torchrun's holds the old group's keys
+        )
+
+
 def die_with_parent() -> None:
     """A rank started by `spawn` ends with its parent, even if that one is killed outright.
 

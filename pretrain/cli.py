@@ -15,7 +15,7 @@ import typer
 from parallel import launch
 from pretrain import config
 from pretrain.cli_bench import bench
-from pretrain.cli_cluster import health, status, submit
+from pretrain.cli_cluster import status, submit
 from pretrain.cli_data import data
 from pretrain.manifest import write_whole
 from pretrain.showing import AsJson, show
@@ -24,7 +24,7 @@ from pretrain.wrong_input import INPUT_ERRORS
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(data, name="data")
 app.add_typer(bench, name="bench")
-for command in (submit, status, health):
+for command in (submit, status):
     app.command()(command)
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")]
@@ -38,8 +38,12 @@ def train(
     path: ConfigPath,
     overrides: Overrides = None,
     nproc: Annotated[int, typer.Option(min=0, help="Local ranks; 0: this process alone.")] = 0,
+    health: Annotated[
+        Path | None, typer.Option(help="Check the nodes first; a directory for what is wrong.")
+    ] = None,
 ) -> None:
     """Train. The same command resumes; alone, under torchrun, under srun, or with --nproc."""
+    from pretrain import health as checks
     from pretrain import preflight
     from pretrain import train as page
 
@@ -55,8 +59,11 @@ def train(
         command = [sys.executable, "-m", "pretrain", "train", str(path), *(overrides or [])]
         raise typer.Exit(launch.spawn(command, nproc))
     launch.die_with_parent()
-    preflight.preflight(cfg, place.world)
+    if health is None:
+        preflight.preflight(cfg, place.world)
     with launch.guarded(INPUT_ERRORS):
+        if health is not None and not checks.fit(cfg, health):
+            raise SystemExit(1)
         page.train(cfg)
 
 

@@ -1,11 +1,10 @@
-"""`pretrain submit`, `status`, `health`: jobs on a Slurm cluster."""
+"""`pretrain submit` and `status`: jobs on a Slurm cluster."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pretrain import config
 from pretrain.showing import AsJson, show
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")]
@@ -61,21 +60,3 @@ def status(
     from pretrain import status as states
 
     show(states.of(runs[0]) if len(runs) == 1 else {"runs": states.rows(runs)}, as_json)
-
-
-def health(
-    path: ConfigPath,
-    report: Annotated[Path, typer.Option(help="Directory; each rank leaves a file there.")],
-    overrides: Overrides = None,
-    floor_inside: Annotated[
-        float | None, typer.Option(help="GB/s between the devices of a node.")
-    ] = None,
-    floor_across: Annotated[float | None, typer.Option(help="GB/s between two nodes.")] = None,
-) -> None:
-    """Check the nodes of a job, one rank a device. Exit code 1 if one of them is not fit."""
-    from pretrain import health as checks
-
-    fit = checks.health(
-        config.load(path, overrides or []), report, inside=floor_inside, across=floor_across
-    )
-    raise typer.Exit(0 if fit else 1)

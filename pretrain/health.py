@@ -1,11 +1,12 @@
 """The pre-flight check of a job: is every node fit to train on, before any hour is paid for.
 
-    srun … python -m pretrain health CONFIG --report DIR
+    srun … python -m pretrain train CONFIG --health DIR
 
 Every rank looks at its own node, all hear what all have found, and only then do they talk to each
 other with large messages: first the ranks of a node, then neighbouring nodes in pairs, so that a
 slow link has a name. Each rank leaves DIR/NODE.rankN, with a line `check TAB why` for all that it
-found wrong. slurm/lib.sh reads them, names the nodes, and ends the job.
+found wrong; `passed` says that the training went on. slurm/lib.sh reads them, names the nodes, and
+ends the job. It runs in the trainer's own processes: to start Python twice would cost as much again.
 """
 
 import os
@@ -31,6 +32,7 @@ from pretrain.models.build import build
 from pretrain.wrong_input import INPUT_ERRORS
 
 T = TypeVar("T")
+PASSED = "passed"  # file in DIR
 PATIENCE = timedelta(minutes=3)  # for ranks that are slow to start, and for one message
 COPIES = 2  # of a checkpoint must fit on the disk beside those that are there
 SHARED, SHARED_LEAST = Path("/dev/shm"), 64 << 20  # bytes that NCCL needs
@@ -49,10 +51,10 @@ class Problem:
     why: str
 
 
-def health(
+def fit(
     cfg: Config, report: Path, *, inside: float | None = None, across: float | None = None
 ) -> bool:
-    """Whether all nodes are fit. Every rank calls it; each leaves its file in `report`.
+    """Whether all nodes are fit. Every rank calls it; they have met and parted when it returns.
 
     Data that no node can read, and whatever else preflight finds, is no node's fault: rank 0
     raises it, the others SystemExit(2). inside, across: floors of the bus bandwidth of an
@@ -61,13 +63,10 @@ def health(
     place = launch.Place.here()
     node = os.environ.get("SLURMD_NODENAME", platform.node())
     report.mkdir(parents=True, exist_ok=True)
+    own = report / f"{node}.rank{place.rank}"
     found = own_node(cfg, place)
-    wrong: Exception | None = None
-    if place.rank == 0:
-        try:
-            preflight.preflight(cfg, place.world)
-        except INPUT_ERRORS as error:
-            wrong = error
+    _write(own, found)  # why: before the ranks meet; a rank that cannot start leaves no file
+    wrong = _wrong_input(cfg, place)
     try:
         device = launch.join(place, threads=1, timeout=PATIENCE)
         everyone = _gathered((node, found))
@@ -80,12 +79,29 @@ def health(
             usual = FLOORS[device.type]
             floors = (inside or usual[0], across or usual[1])
             found += _together(place, [name for name, _ in everyone], device, floors)
+            _write(own, found)
+        all_fit = not any(_gathered(bool(found)))
         launch.leave()
+        launch.meet_elsewhere()
     except RuntimeError as error:
-        found.append(Problem("meet", f"the ranks did not meet, or a message failed: {error}"))
-    lines = [f"{p.check}\t{' '.join(p.why.split())}\n" for p in found]
-    (report / f"{node}.rank{place.rank}").write_text("".join(lines))
-    return not found
+        _write(own, [*found, Problem("meet", f"the ranks did not meet: {error}")])
+        return False
+    if place.rank == 0 and all_fit:
+        (report / PASSED).touch()
+    return all_fit
+
+
+def _write(path: Path, found: list[Problem]) -> None:
+    path.write_text("".join(f"{p.check}\t{' '.join(p.why.split())}\n" for p in found))
+
+
+def _wrong_input(cfg: Config, place: launch.Place) -> Exception | None:
+    if place.rank == 0:
+        try:
+            preflight.preflight(cfg, place.world)
+        except INPUT_ERRORS as error:
+            return error
+    return None
 
 
 def own_node(cfg: Config, place: launch.Place) -> list[Problem]:

@@ -154,7 +154,7 @@ def submit(job: Job, path: Path) -> str:
         source, target = ROOT / name, job.folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(source, target)
         else:
             shutil.copy(source, target)
     shutil.copy(path, job.folder / "submitted.yaml")

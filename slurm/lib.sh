@@ -70,7 +70,7 @@ take_code() {  # a requeue runs what was submitted, whatever happens to the chec
   if [ ! -d "$CODE" ]; then
     local fresh=$CODE.partial.$SLURM_JOB_ID
     mkdir -p "$fresh"
-    tar -C "$ROOT" -c --exclude=__pycache__ pretrain parallel data_pipeline configs slurm pyproject.toml \
+    tar -C "$ROOT" -c pretrain parallel data_pipeline configs slurm pyproject.toml \
       | tar -C "$fresh" -x || refuse "the code in $ROOT cannot be copied to $CODE; submit from the checkout, or set PRETRAIN_ROOT"
     [ -z "${CONFIG:-}" ] || cp "$CONFIG" "$fresh/submitted.yaml"
     git -C "$ROOT" rev-parse HEAD >"$fresh/commit" 2>/dev/null || rm -f "$fresh/commit"
@@ -143,8 +143,9 @@ alone() {  # NAME -- COMMAND …: one task on the first node, output in the job'
     > >(tee "$LOGS/$SLURM_JOB_ID.$RESTART-$name-rank0.log") 2>&1
 }
 
-next_port() {  # jobs side by side, quick requeues and steps of one job must not meet on one
-  export MASTER_PORT=$((20000 + SLURM_JOB_ID % 1000 * 10 + (RESTART * 3 + STEP) % 10))
+next_port() {  # jobs side by side, quick requeues and steps of one job must not meet on one; a
+  # training takes a second one, five above (launch.meet_elsewhere)
+  export MASTER_PORT=$((20000 + SLURM_JOB_ID % 1000 * 10 + (RESTART * 3 + STEP) % 5))
   STEP=$((STEP + 1))
 }
 
@@ -195,20 +196,14 @@ close_lost_attempt() {  # its node died, or Slurm killed its shell outright: nob
 
 # ---- health --------------------------------------------------------------------------------------
 
-health() {  # leaves the job if a node fails; the checks are in pretrain/health.py
-  local report=$LOGS/$SLURM_JOB_ID.$RESTART-health code
-  mkdir -p "$report"
-  attend on_ranks health --kill-on-bad-exit=0 -- \
-    "${PYTHON[@]}" -m pretrain health "$CONFIG" ${OVERRIDES[@]+"${OVERRIDES[@]}"} "run_dir=$RUN_DIR" --report "$report"
-  code=$?
-  [ "$code" != 0 ] && [ "$ASKED$TERMED" = 00 ] || return 0
-  if [ "$code" = 2 ]; then  # no node's fault
-    first_words
-    end_attempt refused 2 "the input is wrong; not requeued"
-    exit 2
-  fi
-  name_bad_nodes "$report"
-  end_attempt unhealthy "$code" "${BAD[*]} failed the health check; not requeued"
+health_failed() {  # whether the ranks ended before the check of pretrain/health.py had passed
+  [ "${HEALTH:-on}" != off ] && [ ! -e "$REPORT/passed" ]
+}
+
+blame_nodes() {  # CODE: leaves the job if there is a node to blame
+  name_bad_nodes "$REPORT"
+  [ ${#BAD[@]} -gt 0 ] || return 0
+  end_attempt unhealthy "$1" "${BAD[*]} failed the health check; not requeued"
   say "without them: sbatch --exclude=$(IFS=,; echo "${BAD[*]}") --nodes=$NODES $(submitted)"
   exit 1
 }
@@ -225,7 +220,7 @@ name_bad_nodes() {  # REPORT: sets BAD, says what each failed, and records it fo
         "$(date +%s.%3N)" "$node" "$check" "${why//\"/\'}" "$SLURM_JOB_ID" >>"$PRETRAIN_SITE/bad_nodes.jsonl"
     done < <(
       [ "$(find "$1" -name "$node.rank*" | wc -l)" -ge "$RANKS_PER_NODE" ] \
-        || printf 'start\tnot all of its %s ranks answered; see %s-health-rank*.log\n' "$RANKS_PER_NODE" "$LOGS/$SLURM_JOB_ID.$RESTART"
+        || printf 'start\tnot all of its %s ranks answered; see %s-*rank*.log\n' "$RANKS_PER_NODE" "$LOGS/$SLURM_JOB_ID.$RESTART"
       cat "$1/$node.rank"* 2>/dev/null | sort -u
     )
   done
@@ -266,7 +261,7 @@ train_until_done() {
   trap 'INTERRUPTED=1 TERMED=1; ask_to_stop TERM' TERM
   forget_old_request
   begin_attempt
-  [ "${HEALTH:-on}" = off ] || health
+  REPORT=$LOGS/$SLURM_JOB_ID.$RESTART-health
   local code=0
   if [ "$ASKED$TERMED" = 00 ]; then
     attend launch
@@ -277,6 +272,7 @@ train_until_done() {
 
 launch() {
   local command=(-m pretrain train "$CONFIG" ${OVERRIDES[@]+"${OVERRIDES[@]}"} "run_dir=$RUN_DIR")
+  [ "${HEALTH:-on}" = off ] || command+=(--health "$REPORT")
   case ${LAUNCHER:-srun} in
     srun) on_ranks train -- "${PYTHON[@]}" "${command[@]}" ;;
     torchrun)  # one task a node; the agent starts the ranks and keeps their output apart
@@ -341,6 +337,9 @@ after_a_crash() {  # CODE
     end_attempt lost "$1" "$gone does not answer; Slurm requeues the job when it has found out"
     sleep "${LOST_NODE_PATIENCE:-900}"
   else
+    if health_failed; then
+      blame_nodes "$1"
+    fi
     end_attempt crashed "$1" "a rank failed"
   fi
 }

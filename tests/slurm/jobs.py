@@ -12,7 +12,7 @@ from tests import tiny
 from tests.slurm.cluster import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 16
+STEPS = 12
 FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"}  # others come and go
 
 

@@ -12,8 +12,6 @@ import pytest
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import STEPS, Jobs
 
-QUICK = {"HEALTH": "off"}  # the check has tests of its own
-
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Cluster, digits: Any, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
@@ -34,7 +32,7 @@ def test_a_job_trains_saves_and_draws(undisturbed: Jobs) -> None:
     run = undisturbed.run_dir
     assert (run / "done").read_text() == f"{STEPS}\n"
     saved = {f.name for f in (run / "checkpoints").iterdir()}
-    assert saved == {f"step_{step:08d}" for step in (STEPS - 8, STEPS - 4, STEPS)}  # keep: 3
+    assert saved == {f"step_{step:08d}" for step in (4, 8, STEPS)}
     assert (run / "samples" / f"step_{STEPS:08d}.png").stat().st_size > 1000
     (attempt,) = undisturbed.attempts()
     assert (attempt["outcome"], attempt["from"], attempt["to"]) == ("done", -1, STEPS)
@@ -44,7 +42,7 @@ def test_a_job_trains_saves_and_draws(undisturbed: Jobs) -> None:
 
 
 def test_stopped_then_killed_it_comes_back_and_ends_the_same(jobs: Jobs, undisturbed: Jobs) -> None:
-    number = jobs.train(**QUICK)
+    number = jobs.train()
     jobs.until_step(3)
     jobs.cluster.run("scancel", "--batch", "--signal=USR1", number)
     jobs.until_attempt(1, number)
@@ -59,7 +57,7 @@ def test_stopped_then_killed_it_comes_back_and_ends_the_same(jobs: Jobs, undistu
 @pytest.mark.slow
 def test_the_time_limit(jobs: Jobs, undisturbed: Jobs) -> None:
     """One minute. Slurm looks every half minute, so the ranks are held until it has."""
-    number = jobs.train(options=("--time=1", "--signal=B:USR1@45"), **QUICK)
+    number = jobs.train(options=("--time=1", "--signal=B:USR1@45"))
     jobs.until_step(3)
     jobs.send(signal.SIGSTOP)
     jobs.cluster.until("USR1", lambda: "USR1: the ranks" in jobs.log(number))
@@ -75,7 +73,7 @@ def test_a_time_limit_that_nobody_announced(jobs: Jobs) -> None:
     """Slurm ends the ranks with TERM: they save, and the job comes back."""
     options = ("--time=1", "--signal=B:CONT@1")
     words = ("steps=40000", "log.every=10", "checkpoint.every=40000")
-    number = jobs.train(*words, options=options, **QUICK)
+    number = jobs.train(*words, options=options)
     jobs.until_attempt(1, number, limit=240)
     assert jobs.attempts()[0]["outcome"] == "stopped"
     assert jobs.attempts("begin")[1]["from"] > 0
@@ -83,7 +81,7 @@ def test_a_time_limit_that_nobody_announced(jobs: Jobs) -> None:
 
 @pytest.mark.slow
 def test_requeued_by_hand(jobs: Jobs, undisturbed: Jobs) -> None:
-    number = jobs.train(**QUICK)
+    number = jobs.train()
     jobs.until_step(6)
     jobs.cluster.run("scontrol", "requeue", number)
     assert_same_end(jobs, number, undisturbed)
@@ -93,7 +91,7 @@ def test_requeued_by_hand(jobs: Jobs, undisturbed: Jobs) -> None:
 @pytest.mark.slow
 def test_a_node_is_lost(jobs: Jobs, undisturbed: Jobs) -> None:
     """The power of a node is cut in the middle; the spare takes its place."""
-    number = jobs.train(**QUICK)
+    number = jobs.train()
     jobs.until_step(6)
     jobs.cluster.fail(2)
     try:
@@ -105,7 +103,7 @@ def test_a_node_is_lost(jobs: Jobs, undisturbed: Jobs) -> None:
 
 @pytest.mark.slow
 def test_preempted(jobs: Jobs, undisturbed: Jobs) -> None:
-    number = jobs.train(options=("--partition=preempt",), **QUICK)
+    number = jobs.train(options=("--partition=preempt",))
     jobs.until_step(3)
     other = jobs.cluster.run(
         *("sbatch", "--parsable", "--nodes=3", "--exclusive", "--output=/dev/null"),
@@ -118,13 +116,13 @@ def test_preempted(jobs: Jobs, undisturbed: Jobs) -> None:
 
 @pytest.mark.slow
 def test_cancelled_it_saves_and_stays_away(jobs: Jobs, undisturbed: Jobs) -> None:
-    number = jobs.train(**QUICK)
+    number = jobs.train()
     jobs.until_step(5)
     jobs.cluster.run("scancel", number)
     assert jobs.wait(number) == "CANCELLED"
     jobs.cluster.until("the ranks are gone", lambda: jobs.cluster.idle() == 3)
     assert int((jobs.run_dir / "latest").read_text()) >= 5
-    again = jobs.train(**QUICK)
+    again = jobs.train()
     assert_same_end(jobs, again, undisturbed)
 
 
@@ -134,7 +132,7 @@ def test_a_prolog_that_fails(jobs: Jobs, undisturbed: Jobs) -> None:
     sick = jobs.cluster.dir / "etc" / "sick-node2"
     sick.touch()
     try:
-        number = jobs.train(**QUICK)
+        number = jobs.train()
         assert_same_end(jobs, number, undisturbed)
     finally:
         sick.unlink()
@@ -145,7 +143,7 @@ def test_a_person_who_asks_it_to_stop_is_obeyed(jobs: Jobs) -> None:
     """A file `stop` is no request of Slurm's: the job ends, also before it has begun."""
     jobs.run_dir.mkdir(parents=True)
     (jobs.run_dir / "stop").touch()
-    number = jobs.train("mesh.ep=1", options=("--nodes=1",), GPUS_PER_NODE="1", **QUICK)
+    number = jobs.train("mesh.ep=1", options=("--nodes=1",), GPUS_PER_NODE="1")
     assert jobs.wait(number) == "COMPLETED"
     assert [a["outcome"] for a in jobs.attempts()] == ["stopped"]
     assert not (jobs.run_dir / "done").exists()
@@ -153,7 +151,7 @@ def test_a_person_who_asks_it_to_stop_is_obeyed(jobs: Jobs) -> None:
 
 def test_a_crash_loop_ends(jobs: Jobs) -> None:
     """An interpreter that fails at once: three lives, then it is said why there is no fourth."""
-    number = jobs.train(PRETRAIN_PYTHON="/bin/false", MAX_CRASHES="3", **QUICK)
+    number = jobs.train(PRETRAIN_PYTHON="/bin/false", MAX_CRASHES="3", HEALTH="off")
     assert jobs.wait(number) == "FAILED"
     assert [a["outcome"] for a in jobs.attempts()] == ["crashed"] * 3
     assert "gives up: it failed 3 times" in jobs.log(number)
