@@ -5,8 +5,8 @@
 Every rank looks at its own node, all hear what all have found, and only then do they talk to each
 other with large messages: first the ranks of a node, then neighbouring nodes in pairs, so that a
 slow link has a name. Each rank leaves DIR/NODE.rankN, with a line `check TAB why` for all that it
-found wrong; `passed` says that the training went on. slurm/lib.sh reads them, names the nodes, and
-ends the job. It runs in the trainer's own processes: to start Python twice would cost as much again.
+found wrong; `passed` says that training went on. slurm/lib.sh reads them, names the nodes and ends
+the job. It runs in the trainer's own processes: a second start of Python would cost as much.
 """
 
 import os

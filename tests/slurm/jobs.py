@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,13 @@ class Jobs:
         """The flagship's script with the tiny U-DiT-MoE on 2 nodes × 2 processes."""
         own = (f"config={self.config}", f"run_dir={self.run_dir}")
         return self.submit("udit_xl_moe", *own, *words, options=options, **settings)
+
+    def pretrain(self, *words: str) -> str:
+        """What `pretrain …` prints, run where jobs are submitted."""
+        env = {"PRETRAIN_SITE": str(self.folder / "site"), "WANDB_MODE": "disabled"}
+        if not self.cluster.isolated:
+            env["HEAD_ADDRESS"] = "127.0.0.1"
+        return self.cluster.run(sys.executable, "-m", "pretrain", *words, env=env, cwd=ROOT)
 
     def log(self, job: str) -> str:
         return "".join(path.read_text() for path in self.folder.glob(f"*-{job}.out"))

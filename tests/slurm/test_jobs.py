@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from pretrain import status, timeline
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import STEPS, Jobs
+
+SHARES = ("useful", "start", "data", "save", "lost", "restart", "other", "unaccounted")
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +52,25 @@ def test_stopped_then_killed_it_comes_back_and_ends_the_same(jobs: Jobs, undistu
     jobs.until_step(9)
     jobs.send(signal.SIGKILL, ranks=(3,))
     assert_same_end(jobs, number, undisturbed)
-    outcomes = [attempt["outcome"] for attempt in jobs.attempts()]
-    assert outcomes == ["stopped", "crashed", "done"]
+    ends = jobs.attempts()
+    assert [end["outcome"] for end in ends] == ["stopped", "crashed", "done"]
     assert not (jobs.run_dir / "stop").exists()
+    (asked,) = [
+        line
+        for line in timeline.objects(jobs.run_dir / timeline.TIMELINE)
+        if line["event"] == "asked"
+    ]
+    assert ends[0]["to"] - asked["step"] <= 2
+    assert_adds_up(status.of(jobs.run_dir)["goodput"])
+
+
+def assert_adds_up(goodput: dict[str, float]) -> None:
+    """Every second that was allocated is in one of the shares, and nearly all have a name."""
+    shares = [goodput[f"{name}_s"] for name in SHARES]
+    assert goodput["allocated_s"] == pytest.approx(sum(shares), abs=1e-3)
+    assert abs(goodput["unaccounted_s"]) < 1
+    assert goodput["goodput"] == pytest.approx(goodput["useful_s"] / goodput["allocated_s"])
+    assert min(goodput["start_s"], goodput["restart_s"], goodput["useful_s"]) > 0
 
 
 @pytest.mark.slow
@@ -86,6 +105,10 @@ def test_requeued_by_hand(jobs: Jobs, undisturbed: Jobs) -> None:
     jobs.cluster.run("scontrol", "requeue", number)
     assert_same_end(jobs, number, undisturbed)
     assert len(jobs.attempts()) == 2
+    begun = jobs.attempts("begin")[1]["time"]
+    lines = timeline.objects(jobs.run_dir / timeline.TIMELINE)
+    first = next(x["time"] for x in lines if x["event"] == "steps" and x["time"] > begun)
+    assert first - begun < 30  # seconds from Slurm's start of the job to a step that is done
 
 
 @pytest.mark.slow
