@@ -43,9 +43,9 @@ def train(
     ] = None,
 ) -> None:
     """Train. The same command resumes; alone, under torchrun, under srun, or with --nproc."""
-    from pretrain import health as checks
     from pretrain import preflight
     from pretrain import train as page
+    from pretrain.cluster import health as checks
 
     place = launch.Place.here()
     cfg = config.load(path, overrides or [])

@@ -50,7 +50,7 @@ def checkpoint(
     out: Out = None,
 ) -> None:
     """What a save costs beside a plain copy, and its writing beside dd with fsync."""
-    from pretrain import bench as benches
+    from pretrain.benches import checkpoint as benches
 
     _measure(lambda: benches.checkpoint(int(params), where, rounds), nproc, as_json, out)
 
@@ -64,7 +64,7 @@ def links(
     out: Out = None,
 ) -> None:
     """Bus bandwidth of collectives inside a node, across nodes and over the world; matmul, copy."""
-    from pretrain import bench as benches
+    from pretrain.benches import checkpoint as benches
 
     chosen = _numbers(sizes)
     _measure(lambda: benches.links(chosen, rounds), nproc, as_json, out)
@@ -85,7 +85,7 @@ def dispatch(
     out: Out = None,
 ) -> None:
     """Tokens to experts and back, exact and static, forward and backward."""
-    from pretrain import bench_dispatch as benches
+    from pretrain.benches import dispatch as benches
 
     inside = hidden or max(1, width // 4)
     sizes = benches.Sizes(tokens, width, inside, experts, top_k, ep, capacity)
@@ -98,9 +98,9 @@ def site(
     as_json: AsJson = False,
 ) -> None:
     """One report of an acceptance, and the site's link file that `pretrain plan` reads."""
-    from pretrain import bench_site
+    from pretrain.benches import report as reports
 
-    show(bench_site.report(folder), as_json)
+    show(reports.report(folder), as_json)
 
 
 def _numbers(text: str) -> list[float]:

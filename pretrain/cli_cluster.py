@@ -29,7 +29,7 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print it; do nothing.")] = False,
 ) -> None:
     """Check and plan a run, write its sbatch script, submit it."""
-    from pretrain import submit as submitting
+    from pretrain.cluster import submit as submitting
 
     named = {"account": account, "partition": partition, "time": time}
     job = submitting.prepare(
@@ -57,6 +57,6 @@ def status(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...")], as_json: AsJson = False
 ) -> None:
     """How runs stand: step, rate, time left, restarts, last error, and where the hours went."""
-    from pretrain import status as states
+    from pretrain.cluster import status as states
 
     show(states.of(runs[0]) if len(runs) == 1 else {"runs": states.rows(runs)}, as_json)

@@ -9,7 +9,8 @@ from parallel import fsdp
 from parallel.mesh import Degrees, Mesh, degrees
 from parallel.rehearse import rehearsed
 from parallel.shards import local
-from pretrain import config, hours, plan, site
+from pretrain import config, hours, plan
+from pretrain.cluster import site
 from pretrain.config import Config, ConfigError, check_batch
 from pretrain.meter import PEAK
 from pretrain.parallelize import sharded

@@ -1,8 +1,8 @@
 """What a run's wall time went to: RUN/timeline.jsonl, from all lives of its trainer.
 
 Rank 0 appends, and nothing is ever cut back: after a roll-back or a resume step numbers go down,
-and `pretrain.goodput` sees from that what was lost. A line holds the seconds since the line before;
-what was not spent on a named thing was spent on steps.
+and `pretrain.cluster.goodput` sees from that what was lost. A line holds the seconds since the line
+before; what was not spent on a named thing was spent on steps.
 """
 
 import contextlib

@@ -2,6 +2,9 @@
 
 from data_pipeline.errors import DataError
 from parallel.errors import DamagedError, LayoutError
+from pretrain.cluster.site import LinksError
+from pretrain.cluster.status import StatusError
+from pretrain.cluster.submit import SubmitError
 from pretrain.config import ConfigError
 from pretrain.evaluate import EvaluationError
 from pretrain.layouts.rules import WeightsError
@@ -9,9 +12,6 @@ from pretrain.manifest import CheckpointError
 from pretrain.metrics import LogError
 from pretrain.run import RunError
 from pretrain.sampling import SamplingError
-from pretrain.site import LinksError
-from pretrain.status import StatusError
-from pretrain.submit import SubmitError
 
 INPUT_ERRORS = (
     ConfigError,

@@ -196,7 +196,7 @@ close_lost_attempt() {  # its node died, or Slurm killed its shell outright: nob
 
 # ---- health --------------------------------------------------------------------------------------
 
-health_failed() {  # whether the ranks ended before the check of pretrain/health.py had passed
+health_failed() {  # whether the ranks ended before the check of pretrain/cluster/health.py had passed
   [ "${HEALTH:-on}" != off ] && [ ! -e "$REPORT/passed" ]
 }
 

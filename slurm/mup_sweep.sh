@@ -14,7 +14,7 @@
 # (slurm/udit_xl_moe.sh). Other key=value arguments go to all trials.
 #
 # The first element submits a job that runs when all have ended, well or not: it prints the trials, best
-# first, and writes run_dir/results.json. By hand: python -m pretrain.sweep POINTS RUN_DIR
+# first, and writes run_dir/results.json. By hand: python -m pretrain.cluster.sweep POINTS RUN_DIR
 #
 # To edit, here or on sbatch's command line:
 #     --account, --partition      as your cluster wants them
@@ -90,7 +90,7 @@ begin_trial() {  # NAME [key=value …]: leaves the job if the trial is done, or
 
 take_points
 if [ "$WORK" = collect ]; then
-  alone collect -- "${PYTHON[@]}" -m pretrain.sweep "$CODE/points.txt" "$SWEEP"
+  alone collect -- "${PYTHON[@]}" -m pretrain.cluster.sweep "$CODE/points.txt" "$SWEEP"
   exit
 fi
 [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || refuse "expected a job array: sbatch --array=1-${#POINTS[@]} $SCRIPT …"

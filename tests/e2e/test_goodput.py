@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pretrain import status
+from pretrain.cluster import status
 from pretrain.timeline import read
 from tests import ranks, tiny
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from pretrain import status, timeline
+from pretrain import timeline
+from pretrain.cluster import status
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import STEPS, Jobs
 

@@ -7,9 +7,10 @@ import pytest
 
 from parallel.links import COLLECTIVES
 from parallel.mesh import Degrees
-from pretrain import hours, site
+from pretrain import hours
+from pretrain.cluster import site
+from pretrain.cluster.site import Efficiency, LinkFile, LinksError, Rates
 from pretrain.plan import Layout, PerRank, Plan, Row
-from pretrain.site import Efficiency, LinkFile, LinksError, Rates
 
 # A U-DiT-MoE of 10.2 B: h 576, 64 experts of C/2, top-4, at 8×8 only. 8.15 B are routed experts,
 # 2.06 B are dense, 0.16 B of these belong to no block. An image sends 16 layers · 64 tokens ·

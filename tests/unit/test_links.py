@@ -14,9 +14,11 @@ from omegaconf import OmegaConf
 from parallel import launch, links
 from parallel.errors import LayoutError
 from parallel.launch import Place
-from pretrain import bench_site, planned, site
-from pretrain.bench_dispatch import Sizes
-from pretrain.site import LinksError
+from pretrain import planned
+from pretrain.benches import report as reports
+from pretrain.benches.dispatch import Sizes
+from pretrain.cluster import site
+from pretrain.cluster.site import LinksError
 from tests import ranks, tiny
 
 HEAD = {"bench", "chip", "commit", "versions", "date", "ranks", "nodes"}
@@ -138,7 +140,7 @@ def test_a_report_holds_what_was_measured_beside_what_was_planned(
     monkeypatch.setenv("PRETRAIN_SITE", str(tmp_path / "site"))
     folder = tmp_path / "17"
     _left_by_acceptance(folder)
-    found = bench_site.report(folder)
+    found = reports.report(folder)
     assert json.loads((folder / "report.json").read_text()) == found
     assert set(found) >= HEAD
     file = site.read(tmp_path / "site" / "links.json")
@@ -184,6 +186,6 @@ def test_a_part_that_is_missing_or_broken_is_named(
     else:
         (folder / name).write_text(text)
     with pytest.raises(LinksError, match=said) as caught:
-        bench_site.report(folder)
+        reports.report(folder)
     assert name in str(caught.value)
     assert site.default() is None

@@ -15,12 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from parallel.errors import LayoutError
 from parallel.mesh import Degrees, Mesh, degrees
 from parallel.rehearse import rehearsed
-from pretrain import config, planned, site
+from pretrain import config, planned
+from pretrain.cluster import site
+from pretrain.cluster.site import Efficiency, LinkFile, LinksError, Rates
 from pretrain.models.build import build
 from pretrain.models.dit import DiTConfig, DiTMoEConfig
 from pretrain.models.udit import UDiTConfig
 from pretrain.plan import Layout, flops_per_image, plan
-from pretrain.site import Efficiency, LinkFile, LinksError, Rates
 
 FLAGSHIP = UDiTConfig(
     width=768,

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from pretrain import status
-from pretrain.blame import first_words
-from pretrain.status import StatusError
+from pretrain.cluster import status
+from pretrain.cluster.blame import first_words
+from pretrain.cluster.status import StatusError
 from pretrain.wrong_input import INPUT_ERRORS
 
 

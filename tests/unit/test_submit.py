@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import submit
+from pretrain.cluster import submit
 from pretrain.config import ConfigError
 from tests import tiny
 

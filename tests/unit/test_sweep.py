@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.sweep import SweepError, main, points, results
+from pretrain.cluster.sweep import SweepError, main, points, results
 
 
 def trial(folder: Path, losses: list[float | None], *, done: bool) -> None:

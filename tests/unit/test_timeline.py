@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from parallel.launch import Place
-from pretrain.goodput import attempts, goodput
+from pretrain.cluster.goodput import attempts, goodput
 from pretrain.timeline import Timeline, read
 
 FIRST, OTHER = Place(0, 2, 0, 2), Place(1, 2, 1, 2)

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DataError
-from pretrain import config, planned, preflight, run, site
+from pretrain import config, planned, preflight, run
+from pretrain.cluster import site
 from pretrain.config import Config
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CODE = ("pretrain", "parallel", "data_pipeline", "configs", "slurm", "pyproject.toml")
 GENERAL = "udit_xl_moe.sh"  # for a configuration that has no script of its own
 SHOWN = ("params_total", "params_active", "ranks", "micro_batch", "fits_memory", "step_seconds")

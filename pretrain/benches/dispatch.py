@@ -20,7 +20,7 @@ from parallel.errors import LayoutError
 from parallel.experts import Picks
 from parallel.links import slowest
 from parallel.mesh import Mesh, MeshConfig, degrees
-from pretrain.bench_record import record
+from pretrain.benches.record import record
 from pretrain.models.moe import Experts
 
 _PASSES = 4  # of the all-to-all: dispatch and combine, forward and backward

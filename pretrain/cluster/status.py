@@ -17,8 +17,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from parallel.index import INDEX
-from pretrain.blame import first_words
-from pretrain.goodput import ATTEMPTS, Attempt, attempts, goodput
+from pretrain.cluster.blame import first_words
+from pretrain.cluster.goodput import ATTEMPTS, Attempt, attempts, goodput
 from pretrain.manifest import root, step_of, stored
 from pretrain.metrics import METRICS
 from pretrain.timeline import TIMELINE, objects

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from parallel.launch import Place
-from pretrain import hours, planned, site
-from pretrain.bench_record import record
+from pretrain import hours, planned
+from pretrain.benches.record import record
+from pretrain.cluster import site
+from pretrain.cluster.site import Efficiency, LinkFile, LinksError, Rates
 from pretrain.manifest import write_whole
 from pretrain.meter import PEAK
-from pretrain.site import Efficiency, LinkFile, LinksError, Rates
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What became of a sweep: a row a trial, best first. It starts nothing: slurm/mup_sweep.sh does.
 
-python -m pretrain.sweep POINTS RUN_DIR       prints them and writes RUN_DIR/results.json
+python -m pretrain.cluster.sweep POINTS RUN_DIR       prints them and writes RUN_DIR/results.json
 """
 
 import json
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pretrain import status
+from pretrain.cluster import status
 from pretrain.showing import show
 
 RESULTS = "results.json"

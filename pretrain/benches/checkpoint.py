@@ -24,7 +24,7 @@ from parallel import links as measuring
 from parallel.index import Index
 from parallel.links import slowest
 from parallel.shards import Box, Extent, Piece
-from pretrain.bench_record import record
+from pretrain.benches.record import record
 from pretrain.checkpoint import Checkpoint
 from pretrain.manifest import CheckpointConfig, root
 from pretrain.state import TrainState
