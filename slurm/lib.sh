@@ -9,8 +9,8 @@
 #   3. The trainer removes `stop` after the save; `done` is there only if the run reached its last step.
 #   4. No `done`: the shell requeues the job, and the same script goes on from the last checkpoint.
 # A `stop` that a person made ends the job; so do scancel, wrong input, a node that fails its health
-# check, and MAX_CRASHES failures in a row without a new checkpoint. A crash, a lost node and the time
-# limit bring the job back.
+# check, and MAX_CRASHES failures (or ten stops) in a row without a new checkpoint. A crash, a lost
+# node, the time limit and a preemption bring the job back.
 
 set -uo pipefail
 
@@ -22,7 +22,10 @@ JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
 JOB=${JOB:-$SLURM_JOB_ID}
 MAX_CRASHES=${MAX_CRASHES:-3}                       # in a row, without a new checkpoint between them
 export PRETRAIN_SITE=${PRETRAIN_SITE:-runs/site}    # what is known of this cluster
-ASKED=0 TERMED=0 INTERRUPTED=0                      # set by traps while ranks are attended
+MAX_STOPS=10                                        # in a row, none of which trained to a checkpoint
+ASKED=${ASKED:-0} TERMED=${TERMED:-0} INTERRUPTED=0 # set by traps
+trap 'INTERRUPTED=1 ASKED=1' USR1                   # from the first line on: USR1 would end a shell
+trap 'INTERRUPTED=1 TERMED=1' TERM
 
 say() { printf '%s  job %s.%s  %s\n' "$(date '+%F %T')" "$JOB" "$RESTART" "$*"; }
 
@@ -30,6 +33,12 @@ refuse() {  # WHY: the input is wrong; nothing was started
   say "$*" >&2
   exit 2
 }
+
+text() {  # WORDS …: fit to stand between quotes in JSON
+  tr -d '\000-\037\134' <<<"$*" | tr '"' "'"
+}
+
+of_job() { scontrol -o show job "$JOB" | sed -n "s/.* $1=\([^ ]*\).*/\1/p"; }  # FIELD
 
 # ---- what the job is asked for -------------------------------------------------------------------
 
@@ -45,8 +54,8 @@ settings() {  # CONFIG [key=value …]: sets CONFIG, RUN_DIR, OVERRIDES
       *) refuse "argument '$word': expected key=value, such as steps=1000 or config=configs/demo.yaml" ;;
     esac
   done
+  RUN_DIR=${RUN_DIR:-$(sed -n 's/^run_dir: *\([^ #]*\).*/\1/p' "$CONFIG" 2>/dev/null)}
   RUN_DIR=${RUN_DIR:-runs/$(basename "$CONFIG" .yaml)}
-  [ -f "$CONFIG" ] || [ -n "${PRETRAIN_CODE:-}" ] || refuse "config=$CONFIG: no such file below $PWD"
 }
 
 open_job() {  # DIR: logs, code, interpreter, environment
@@ -58,12 +67,15 @@ open_job() {  # DIR: logs, code, interpreter, environment
   NODES=${#HOSTS[@]}
   RANKS_PER_NODE=${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
   [[ $RANKS_PER_NODE =~ ^[1-9][0-9]*$ ]] || refuse "GPUS_PER_NODE=$RANKS_PER_NODE: expected a number of ranks a node"
+  CPUS=$(fewest_cpus)
   PYTHON=("${PRETRAIN_PYTHON:-$ROOT/.venv/bin/python}")
   CONTAINER=()
   [ -z "${CONTAINER_IMAGE:-}" ] || in_container
   STEP=0
   environment
 }
+
+fewest_cpus() { tr ',' '\n' <<<"$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | head -n 1; }
 
 take_code() {  # a requeue runs what was submitted, whatever happens to the checkout meanwhile
   CODE=${PRETRAIN_CODE:-$JOB_DIR/code/${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}
@@ -72,7 +84,8 @@ take_code() {  # a requeue runs what was submitted, whatever happens to the chec
     mkdir -p "$fresh"
     tar -C "$ROOT" -c pretrain parallel data_pipeline configs slurm pyproject.toml \
       | tar -C "$fresh" -x || refuse "the code in $ROOT cannot be copied to $CODE; submit from the checkout, or set PRETRAIN_ROOT"
-    [ -z "${CONFIG:-}" ] || cp "$CONFIG" "$fresh/submitted.yaml"
+    [ -z "${CONFIG:-}" ] || cp "$CONFIG" "$fresh/submitted.yaml" \
+      || refuse "config=$CONFIG: there is no such file below $PWD"
     git -C "$ROOT" rev-parse HEAD >"$fresh/commit" 2>/dev/null || rm -f "$fresh/commit"
     mv -T "$fresh" "$CODE" 2>/dev/null || rm -rf "$fresh"  # why: another element of an array was first
   fi
@@ -87,7 +100,7 @@ in_container() {  # enroot and pyxis; options of srun alone: with sbatch this sh
   PYTHON=("${PRETRAIN_PYTHON:-python}")
   CONTAINER=(
     --container-image="$CONTAINER_IMAGE"
-    --container-mounts="${CONTAINER_MOUNTS:-$ROOT:$ROOT,$PWD:$PWD,$JOB_DIR:$JOB_DIR}"
+    --container-mounts="$ROOT:$ROOT,$PWD:$PWD,$JOB_DIR:$JOB_DIR,$CODE:$CODE${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
     --container-workdir="$PWD"
     --no-container-mount-home
   )
@@ -118,21 +131,22 @@ environment() {
 # ---- running on the nodes ------------------------------------------------------------------------
 
 on_ranks() {  # NAME [srun option …] -- COMMAND …: one task a rank, output of each in a file of its own
-  local name=$1 options=()
-  shift
+  tasks "$RANKS_PER_NODE" "$LOGS/$SLURM_JOB_ID.$RESTART-$1-rank%t.log" "${@:2}"
+}
+
+tasks() {  # TASKS_PER_NODE LOG [srun option …] -- COMMAND …
+  local each=$1 log=$2 options=()
+  shift 2
   while [ "$1" != -- ]; do
     options+=("$1")
     shift
   done
-  shift
-  next_port
   # --cpus-per-task: srun does not take it from sbatch. --kill-on-bad-exit: ranks in a NCCL collective
   # would wait for a dead one. --wait: so long after the first rank has ended, the rest is killed.
   srun --kill-on-bad-exit=1 --wait=600 \
-    --nodes="$NODES" --ntasks="$((NODES * RANKS_PER_NODE))" --ntasks-per-node="$RANKS_PER_NODE" \
-    --cpus-per-task="$((SLURM_CPUS_ON_NODE / RANKS_PER_NODE))" \
-    --output="$LOGS/$SLURM_JOB_ID.$RESTART-$name-rank%t.log" \
-    ${CONTAINER[@]+"${CONTAINER[@]}"} ${options[@]+"${options[@]}"} "$@"
+    --nodes="$NODES" --ntasks="$((NODES * each))" --ntasks-per-node="$each" \
+    --cpus-per-task="$((CPUS > each ? CPUS / each : 1))" --output="$log" \
+    ${CONTAINER[@]+"${CONTAINER[@]}"} ${options[@]+"${options[@]}"} "${@:2}"
 }
 
 alone() {  # NAME -- COMMAND …: one task on the first node, output in the job's log too
@@ -143,13 +157,11 @@ alone() {  # NAME -- COMMAND …: one task on the first node, output in the job'
     > >(tee "$LOGS/$SLURM_JOB_ID.$RESTART-$name-rank0.log") 2>&1
 }
 
-next_port() {  # jobs side by side, quick requeues and steps of one job must not meet on one; a
-  # training takes a second one, five above (launch.meet_elsewhere)
+attend() {  # COMMAND …: runs it so that traps are obeyed while it runs; returns its code
+  # Jobs side by side, quick requeues and steps of one job must not meet on one port. A training
+  # takes a second one, five above (launch.meet_elsewhere).
   export MASTER_PORT=$((20000 + SLURM_JOB_ID % 1000 * 10 + (RESTART * 3 + STEP) % 5))
   STEP=$((STEP + 1))
-}
-
-attend() {  # COMMAND …: runs it so that traps are obeyed while it runs; returns its code
   "$@" &
   local pid=$! code
   while :; do
@@ -166,7 +178,7 @@ newest_step() { cat "$RUN_DIR/latest" 2>/dev/null || echo -1; }
 
 begin_attempt() {
   ATTEMPTS=$RUN_DIR/attempts.jsonl
-  close_lost_attempt
+  close_open_attempt
   FROM=$(newest_step)
   printf '{"event":"begin","time":%s,"job":"%s","restart":%s,"nodes":"%s","node_count":%s,"ranks":%s,"gpus":%s,"from":%s}\n' \
     "$(date +%s.%3N)" "$SLURM_JOB_ID" "$RESTART" "$SLURM_JOB_NODELIST" "$NODES" \
@@ -179,19 +191,22 @@ end_attempt() {  # OUTCOME CODE WHY
   [ "$ENDED" = 0 ] || return 0
   ENDED=1
   printf '{"event":"end","time":%s,"job":"%s","restart":%s,"from":%s,"to":%s,"outcome":"%s","code":%s,"why":"%s"}\n' \
-    "$(date +%s.%3N)" "$SLURM_JOB_ID" "$RESTART" "$FROM" "$(newest_step)" "$1" "$2" "${3//\"/\'}" >>"$ATTEMPTS"
+    "$(date +%s.%3N)" "$SLURM_JOB_ID" "$RESTART" "$FROM" "$(newest_step)" "$1" "$2" "$(text "$3")" >>"$ATTEMPTS"
   say "$1 (code $2) at step $(newest_step): $3"
 }
 
-close_lost_attempt() {  # its node died, or Slurm killed its shell outright: nobody wrote how it ended
-  local last seen
+close_open_attempt() {  # its node died, or Slurm killed its shell outright: nobody wrote how it ended
+  local last seen job
   last=$(tail -n 1 "$ATTEMPTS" 2>/dev/null) || return 0
   [[ $last == '{"event":"begin"'* ]] || return 0
   field() { sed -n "s/.*\"$1\":\"\{0,1\}\([^\",}]*\).*/\1/p" <<<"$last"; }
-  seen=$(stat -c %Y "$RUN_DIR/log.txt" "$RUN_DIR/timeline.jsonl" "$LOGS/$(field job).$(field restart)"-* 2>/dev/null | sort -n | tail -n 1)
+  job=$(field job)
+  [ "$job" = "$SLURM_JOB_ID" ] || [ -z "$(squeue --noheader --states=running --jobs="$job" 2>/dev/null)" ] \
+    || refuse "$RUN_DIR: job $job trains into it; wait for it, or set another run_dir"
+  seen=$(stat -c %Y "$RUN_DIR/log.txt" "$RUN_DIR/timeline.jsonl" "$LOGS/$job.$(field restart)"-* 2>/dev/null | sort -n | tail -n 1)
   seen=$(printf '%s\n%s\n' "${seen:-0}" "$(field time)" | sort -n | tail -n 1)
   printf '{"event":"end","time":%s,"job":"%s","restart":%s,"from":%s,"to":%s,"outcome":"lost","code":-1,"why":"ended without a word","estimated":true}\n' \
-    "$seen" "$(field job)" "$(field restart)" "$(field from)" "$(newest_step)" >>"$ATTEMPTS"
+    "$seen" "$job" "$(field restart)" "$(field from)" "$(newest_step)" >>"$ATTEMPTS"
 }
 
 # ---- health --------------------------------------------------------------------------------------
@@ -201,29 +216,45 @@ health_failed() {  # whether the ranks ended before the check of pretrain/cluste
 }
 
 blame_nodes() {  # CODE: leaves the job if there is a node to blame
-  name_bad_nodes "$REPORT"
+  find_bad_nodes
   [ ${#BAD[@]} -gt 0 ] || return 0
+  if [ ${#BAD[@]} = "$NODES" ] && [ "$NODES" -gt 1 ]; then
+    end_attempt unhealthy "$1" "all nodes failed the health check, so it is what they share; not requeued"
+    exit 1
+  fi
   end_attempt unhealthy "$1" "${BAD[*]} failed the health check; not requeued"
   say "without them: sbatch --exclude=$(IFS=,; echo "${BAD[*]}") --nodes=$NODES $(submitted)"
   exit 1
 }
 
-name_bad_nodes() {  # REPORT: sets BAD, says what each failed, and records it for submit --exclude-bad
+# Sets BAD and says what each failed; records them for `submit --exclude-bad` unless it is all nodes.
+# A rank that could not meet the others, or was killed while it started, may be the victim of one with
+# a trouble of its own: it counts only where nobody has one.
+find_bad_nodes() {
+  local node check why own silent records=()
   BAD=()
-  mkdir -p "$PRETRAIN_SITE"
-  local node check why
+  own=$(cat "$REPORT"/*.rank* 2>/dev/null | grep -v '^meet'$'\t')
+  silent="not all of its $RANKS_PER_NODE ranks answered; see $LOGS/$SLURM_JOB_ID.$RESTART-*"
   for node in "${HOSTS[@]}"; do
     while IFS=$'\t' read -r check why; do
       [ "${BAD[*]: -1}" = "$node" ] || BAD+=("$node")
       say "$node: health check '$check' failed: $why"
-      printf '{"time":%s,"node":"%s","check":"%s","why":"%s","job":"%s"}\n' \
-        "$(date +%s.%3N)" "$node" "$check" "${why//\"/\'}" "$SLURM_JOB_ID" >>"$PRETRAIN_SITE/bad_nodes.jsonl"
+      records+=("$(printf '{"time":%s,"node":"%s","check":"%s","why":"%s","job":"%s"}' \
+        "$(date +%s.%3N)" "$node" "$check" "$(text "$why")" "$SLURM_JOB_ID")")
     done < <(
-      [ "$(find "$1" -name "$node.rank*" | wc -l)" -ge "$RANKS_PER_NODE" ] \
-        || printf 'start\tnot all of its %s ranks answered; see %s-*rank*.log\n' "$RANKS_PER_NODE" "$LOGS/$SLURM_JOB_ID.$RESTART"
-      cat "$1/$node.rank"* 2>/dev/null | sort -u
+      if [ -n "$own" ]; then
+        cat "$REPORT/$node.rank"* 2>/dev/null | grep -v '^meet'$'\t' | sort -u
+      elif [ "$(find "$REPORT" -name "$node.rank*" 2>/dev/null | wc -l)" -lt "$RANKS_PER_NODE" ]; then
+        printf 'start\t%s\n' "$silent"
+      fi
     )
   done
+  if [ -z "$own" ] && [ ${#BAD[@]} = "$NODES" ]; then
+    BAD=()  # none has started: no node's fault that could be seen
+  elif [ ${#BAD[@]} -lt "$NODES" ] || [ "$NODES" = 1 ]; then
+    mkdir -p "$PRETRAIN_SITE"
+    [ ${#BAD[@]} = 0 ] || printf '%s\n' "${records[@]}" >>"$PRETRAIN_SITE/bad_nodes.jsonl"
+  fi
 }
 
 submitted() {  # the script and arguments that sbatch was given
@@ -257,17 +288,18 @@ after_the_array() {
 # ---- training, until it is done ------------------------------------------------------------------
 
 train_until_done() {
-  trap 'INTERRUPTED=1 ASKED=1; ask_to_stop USR1' USR1
-  trap 'INTERRUPTED=1 TERMED=1; ask_to_stop TERM' TERM
   forget_old_request
   begin_attempt
+  trap 'INTERRUPTED=1; ask_to_stop USR1' USR1
+  trap 'INTERRUPTED=1; ask_to_stop TERM' TERM
   REPORT=$LOGS/$SLURM_JOB_ID.$RESTART-health
-  local code=0
+  local code=0 complete=no
   if [ "$ASKED$TERMED" = 00 ]; then
     attend launch
     code=$?
+    [ "$code" != 0 ] || [ ! -e "$RUN_DIR/done" ] || complete=yes
   fi
-  after_training "$code"
+  after_training "$code" "$complete"
 }
 
 launch() {
@@ -276,10 +308,8 @@ launch() {
   case ${LAUNCHER:-srun} in
     srun) on_ranks train -- "${PYTHON[@]}" "${command[@]}" ;;
     torchrun)  # one task a node; the agent starts the ranks and keeps their output apart
-      next_port
-      srun --kill-on-bad-exit=1 --wait=600 --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 \
-        --cpus-per-task="$SLURM_CPUS_ON_NODE" --output="$LOGS/$SLURM_JOB_ID.$RESTART-agent-node%t.log" \
-        ${CONTAINER[@]+"${CONTAINER[@]}"} "${PYTHON[@]}" -m torch.distributed.run \
+      tasks 1 "$LOGS/$SLURM_JOB_ID.$RESTART-agent-node%t.log" -- \
+        "${PYTHON[@]}" -m torch.distributed.run \
         --nnodes="$NODES" --nproc-per-node="$RANKS_PER_NODE" --max-restarts=0 --rdzv-backend=c10d \
         --rdzv-id="$SLURM_JOB_ID.$RESTART" --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" \
         --log-dir="$LOGS/$SLURM_JOB_ID.$RESTART-train" --redirects=3 "${command[@]}" ;;
@@ -288,6 +318,12 @@ launch() {
 }
 
 ask_to_stop() {  # SIGNAL
+  [ "$1" != TERM ] || TERMED=1
+  if [ -e "$RUN_DIR/stop" ] && ! grep -q '^slurm job' "$RUN_DIR/stop"; then
+    say "$1: a person has asked for the end already"
+    return
+  fi
+  ASKED=1
   echo "slurm job $SLURM_JOB_ID.$RESTART $1" >"$RUN_DIR/stop"
   say "$1: the ranks are asked to save and leave"
 }
@@ -301,41 +337,45 @@ forget_old_request() {  # of this job's earlier life, or of a job that is gone; 
   fi
 }
 
-after_training() {  # CODE: of the ranks. What becomes of the job
-  local code=$1
-  if [ "$code" = 0 ] && [ -e "$RUN_DIR/done" ]; then
+after_training() {  # CODE of the ranks, whether the run is COMPLETE. What becomes of the job
+  local code=$1 why
+  if [ "$2" = yes ]; then
     end_attempt "done" 0 "the run is complete"
     exit 0
   fi
   if [ "$TERMED" = 1 ]; then  # the ranks got TERM too, and have KillWait seconds to save
-    if ! scontrol -o show job "$JOB" | grep -q ' Reason=TimeLimit '; then
+    if [ "$(of_job Reason)" != TimeLimit ]; then
       end_attempt terminated "$code" "cancelled, preempted or requeued; Slurm does what is to be done"
       exit 0
     fi
-    end_attempt stopped "$code" "the time limit, without USR1 before it; the job is requeued"
+    why="the time limit, without USR1 before it"
   elif [ "$code" != 0 ]; then
     after_a_crash "$code"
   elif [ "$ASKED" = 1 ]; then
-    end_attempt stopped 0 "Slurm asked for the nodes; the job is requeued"
+    why="Slurm asked for the nodes"
+  elif [[ $(of_job PreemptTime) == [0-9]* ]]; then  # the ranks alone got TERM, and have saved
+    why="preempted"
   else
     end_attempt stopped 0 "somebody asked it to stop; submit it again to go on"
     exit 0
   fi
+  end_attempt stopped "$code" "${why:-}; the job is requeued"
   unless_stuck
   requeue
 }
 
 after_a_crash() {  # CODE
+  local gone
   first_words
-  if [ "$1" = 2 ]; then
+  if refused; then
     end_attempt refused 2 "the input is wrong; not requeued"
     exit 2
   fi
-  local gone
   gone=$(silent_nodes)
   if [ -n "$gone" ]; then
-    end_attempt lost "$1" "$gone does not answer; Slurm requeues the job when it has found out"
+    say "$gone does not answer; Slurm requeues the job when it has found out"
     sleep "${LOST_NODE_PATIENCE:-900}"
+    end_attempt lost "$1" "$gone did not answer"
   else
     if health_failed; then
       blame_nodes "$1"
@@ -344,9 +384,22 @@ after_a_crash() {  # CODE
   fi
 }
 
-first_words() {  # what a rank that failed said
+own_logs() {  # what the ranks of this life have said
+  find "$LOGS" \( -name "$SLURM_JOB_ID.$RESTART-*rank*.log" \
+    -o -path "*/$SLURM_JOB_ID.$RESTART-train/*" -name stderr.log \) "$@"
+}
+
+# Whether a rank refused the input. Its code does not tell: srun ends with 2 too where there is no
+# interpreter, and with 143 when a second rank was killed meanwhile; torchrun always with 1.
+# After the first step it is no input any more: a disk that was away for a moment deserves another life.
+refused() {
+  ! grep -qs "\"event\": *\"begin\".*\"job\": *\"$SLURM_JOB_ID\", *\"restart\": *$RESTART\b" "$RUN_DIR/timeline.jsonl" \
+    && [ -n "$(own_logs -exec grep -l '^pretrain: ' {} +)" ]
+}
+
+first_words() {  # what the rank said that failed first: nobody's log was left alone for longer
   local file
-  file=$(grep -lE '^(Traceback|pretrain: |.*Error)' "$LOGS/$SLURM_JOB_ID.$RESTART"-*rank*.log "$LOGS/$SLURM_JOB_ID.$RESTART-train"/*/*/*/stderr.log 2>/dev/null | head -n 1)
+  file=$(own_logs -exec grep -lE '^(Traceback|pretrain: |Fatal |.*Error)' {} + | xargs -r -d '\n' ls -tr | head -n 1)
   [ -z "$file" ] || { say "from $file:"; tail -n 15 "$file"; }
 }
 
@@ -360,16 +413,17 @@ silent_nodes() {  # nodes on which nothing can be started any more
 unless_stuck() {  # ends the job if it comes back again and again without a new checkpoint
   local now crashed idle
   now=$(newest_step)
-  crashed=$(grep -c "\"event\":\"end\".*\"job\":\"$SLURM_JOB_ID\".*\"to\":$now,\"outcome\":\"crashed\"" "$ATTEMPTS")
+  crashed=$(grep -cE "\"event\":\"end\".*\"job\":\"$SLURM_JOB_ID\".*\"to\":$now,\"outcome\":\"(crashed|lost)\"" "$ATTEMPTS")
   idle=$(grep -c "\"event\":\"end\".*\"job\":\"$SLURM_JOB_ID\".*\"from\":$now,\"to\":$now,\"outcome\":\"stopped\"" "$ATTEMPTS")
-  if [ $((crashed + idle)) -ge "$MAX_CRASHES" ]; then
-    say "gives up: it failed $crashed times and was stopped $idle times since step $now without a new checkpoint (MAX_CRASHES=$MAX_CRASHES); not requeued"
+  if [ "$crashed" -ge "$MAX_CRASHES" ] || [ "$idle" -ge "$MAX_STOPS" ]; then
+    say "gives up: it failed $crashed times and was stopped $idle times since step $now without a new checkpoint (MAX_CRASHES=$MAX_CRASHES, MAX_STOPS=$MAX_STOPS); not requeued"
     exit 1
   fi
 }
 
 requeue() {
-  trap - TERM USR1
+  trap - TERM
+  trap '' USR1
   say "requeued"
   scontrol requeue "$JOB" && sleep 60  # until Slurm ends this shell
   exit 75  # where scontrol is not allowed: RequeueExit=75 in slurm.conf does the same

@@ -47,6 +47,7 @@ for word in "$@"; do
 done
 RUN_DIR=${RUN_DIR:-runs/mup_sweep}
 settings '' ${REST[@]+"${REST[@]}"}
+[ -n "$CONFIG" ] || refuse "expected config=FILE, the configuration of all trials"
 SWEEP=$RUN_DIR
 open_job "$SWEEP/.sweep"
 PRETRAIN_CODE=$CODE  # all trials run this copy

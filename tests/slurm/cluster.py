@@ -113,6 +113,16 @@ class Cluster:
         child = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0]
         subprocess.run(["nsenter", "-t", child, "-m", *words], check=True, env=self.env)
 
+    def ask_before_preemption(self, asked: bool) -> None:
+        """Whether preemption sends the signal of --signal; else the ranks get TERM, nobody more."""
+        conf, setting = self.dir / "etc" / "slurm.conf", "SlurmctldParameters="
+        old = conf.read_text()
+        lines = [line for line in old.splitlines() if not line.startswith(setting)]
+        new = "\n".join([*lines, setting + "preempt_send_user_signal" * asked]) + "\n"
+        if sorted(new.splitlines()) != sorted(old.splitlines()):
+            conf.write_text(new)
+            self.run("scontrol", "reconfigure")
+
     def _daemon(self, name: str, *words: str) -> None:
         with (self.dir / "log" / f"{name}.out").open("ab") as out:
             process = subprocess.Popen(

@@ -44,3 +44,13 @@ def jobs(cluster: Cluster, digits: Path, tmp_path: Path) -> Iterator[Jobs]:
     yield mine
     mine.cancel()
     cluster.until("the cluster is free again", lambda: cluster.idle() == 3, 30)
+    cluster.ask_before_preemption(True)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(cluster: Cluster, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    """The job that nothing happens to, as shipped: health check, training, pictures."""
+    jobs = Jobs(cluster, tmp_path_factory.mktemp("undisturbed"), digits)
+    number = jobs.train()
+    assert jobs.wait(number) == "COMPLETED", jobs.log(number) + jobs.ranks()
+    return jobs

@@ -116,6 +116,11 @@ class Jobs:
         lines = path.read_text().splitlines() if path.exists() else []
         return [line for line in map(json.loads, lines) if line["event"] == event]
 
+    def nodes(self) -> set[str]:
+        """Where the newest life of the run was trained."""
+        spelled = self.attempts("begin")[-1]["nodes"]
+        return set(self.cluster.run("scontrol", "show", "hostnames", spelled).split())
+
     def until_attempt(self, number: int, job: str, limit: float = 120) -> None:
         """Until the job's incarnation of this number has begun."""
 
@@ -159,3 +164,9 @@ class Jobs:
     def cancel(self) -> None:
         if self._mine:
             self.cluster.run("scancel", *self._mine, check=False)
+
+
+def assert_same_end(jobs: Jobs, number: str, undisturbed: Jobs) -> None:
+    assert jobs.wait(number) == "COMPLETED", jobs.log(number) + jobs.ranks()
+    assert jobs.attempts()[-1]["outcome"] == "done"
+    assert jobs.digest() == undisturbed.digest()

@@ -39,6 +39,7 @@ def test_two_parts_become_one_set(jobs: Jobs, digits: Path) -> None:
 
 
 def test_a_sweep_of_three_and_its_collecting_job(jobs: Jobs) -> None:
+    """One of them is asked to stop in the middle: it alone comes back."""
     points = jobs.folder / "points.txt"
     points.write_text(
         "# one trial a line\nlow  optim.lr=1e-4\nmiddle  optim.lr=1e-3\nwild  optim.lr=1e9\n"
@@ -48,6 +49,9 @@ def test_a_sweep_of_three_and_its_collecting_job(jobs: Jobs) -> None:
     words += ("steps=6", "sample.every=0")
     options = ("--array=1-3%2", "--nodes=1")
     number = jobs.submit("mup_sweep", *words, options=options, GPUS_PER_NODE="1")
+    jobs.run_dir = sweep / "middle"
+    jobs.until_step(2)
+    jobs.cluster.run("scancel", "--batch", "--signal=USR1", f"{number}_2")
     assert jobs.wait(number) == "COMPLETED"
     assert jobs.wait(after(jobs, f"mup_sweep-collect-{number}")) == "COMPLETED"
     rows = json.loads((sweep / "results.json").read_text())
@@ -55,6 +59,8 @@ def test_a_sweep_of_three_and_its_collecting_job(jobs: Jobs) -> None:
     assert rows[0]["name"] == "middle"  # best first
     assert all(row["state"] == "done" and row["step"] == 6 for row in rows)
     assert rows[-1]["name"] == "wild"
+    assert [a["outcome"] for a in jobs.attempts()] == ["stopped", "done"]
+    assert len((sweep / "low" / "attempts.jsonl").read_text().splitlines()) == 2
     done = [(sweep / name / "done").stat().st_mtime for name in ("low", "middle", "wild")]
 
     again = jobs.submit("mup_sweep", *words, options=options, GPUS_PER_NODE="1")

@@ -1,5 +1,6 @@
 """README's page on Slurm, followed word for word, in a copy of the checkout."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -50,13 +51,20 @@ def test_a_first_job_word_for_word(cluster: Cluster, jobs: Jobs, tmp_path: Path)
 
 
 def test_submit_writes_plans_and_submits(jobs: Jobs) -> None:
+    """Without the node that has failed a health check."""
+    site = jobs.folder / "site"
+    site.mkdir()
+    bad = {"time": 1.0, "node": "node1", "check": "disk space", "why": "full", "job": "1"}
+    (site / "bad_nodes.jsonl").write_text(json.dumps(bad) + "\n")
     words = ("submit", str(jobs.config), f"run_dir={jobs.run_dir}", "--nodes", "2")
     words += ("--gpus-per-node", "2", "--time", "1:00:00", "--device", "cpu")
+    words += ("--exclude-bad",)
     said = jobs.pretrain(*words)
     assert "params_total" in said
     number = re.search(r"^job (\d+):", said, re.MULTILINE)
     assert number is not None, said
     assert jobs.wait(number[1]) == "COMPLETED", jobs.ranks()
     assert (jobs.run_dir / "done").exists()
+    assert jobs.nodes() == {"node2", "node3"}
     status = jobs.pretrain("status", str(jobs.run_dir))
     assert re.search(r"state +done", status)
