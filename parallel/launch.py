@@ -49,6 +49,13 @@ class Place:
     def here() -> "Place":
         """From torchrun's environment, else Slurm's (inside a step), else alone."""
         env = os.environ
+        if _of_slurm(env):
+            return Place(
+                int(env["SLURM_PROCID"]),
+                int(env["SLURM_STEP_NUM_TASKS"]),
+                int(env["SLURM_LOCALID"]),
+                _tasks_here(env),
+            )
         if "RANK" in env:
             return Place(
                 int(env["RANK"]),
@@ -56,21 +63,40 @@ class Place:
                 int(env.get("LOCAL_RANK", 0)),
                 int(env.get("LOCAL_WORLD_SIZE", 1)),
             )
-        if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-            local_world = env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]
-            return Place(
-                int(env["SLURM_PROCID"]),
-                int(env["SLURM_STEP_NUM_TASKS"]),
-                int(env["SLURM_LOCALID"]),
-                int(local_world),
-            )
         return Place(0, 1, 0, 1)
+
+
+def _of_slurm(env: Mapping[str, str]) -> bool:
+    """Whether this process is a rank because Slurm started it as one of several tasks.
+
+    LOCAL_WORLD_SIZE is torchrun's and `spawn`'s. RANK and WORLD_SIZE alone can be Slurm's own
+    numbers, as the hooks of a container set them.
+    """
+    tasks = env.get("SLURM_STEP_NUM_TASKS", "1")
+    return (
+        int(tasks) > 1
+        and {"SLURM_PROCID", "SLURM_STEP_TASKS_PER_NODE"} <= env.keys()
+        and "LOCAL_WORLD_SIZE" not in env
+        and env.get("WORLD_SIZE", tasks) == tasks
+    )
+
+
+def _tasks_here(env: Mapping[str, str]) -> int:
+    """Of this node; Slurm writes `4(x2),2` for two nodes of four tasks and one of two."""
+    counts = []
+    for entry in env["SLURM_STEP_TASKS_PER_NODE"].split(","):
+        tasks, _, times = entry.rstrip(")").partition("(x")
+        counts += [int(tasks)] * int(times or 1)
+    return counts[int(env.get("SLURM_NODEID", 0))]
 
 
 def default_threads(place: Place) -> int:
     """This rank's share of the cores it may use."""
     linux = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
+    if _of_slurm(os.environ) and "SLURM_CPUS_PER_TASK" in os.environ:
+        # why: where Slurm binds tasks to cores, a rank sees its own share alone.
+        return min(cores, int(os.environ["SLURM_CPUS_PER_TASK"]))
     return max(1, cores // place.local_world)
 
 
@@ -97,7 +123,7 @@ def join(
         store = dist.HashStore()
     elif STORE in os.environ:
         store = dist.FileStore(os.environ[STORE], place.world)
-    elif "RANK" not in os.environ:
+    elif _of_slurm(os.environ):
         for name, value in _meeting(os.environ).items():
             os.environ.setdefault(name, value)
     dist.init_process_group(

@@ -2,7 +2,7 @@
 
 Three spans: `inside`, the ranks of one node; `across`, one rank of each node with the same local
 rank, all these groups at once, as training uses them; `world`, where it is none of the two. A span
-of one rank is left out. Every rank calls every function.
+of one rank is left out. Every rank calls every function that does not say otherwise.
 
 Bandwidth is bus bandwidth, what the slowest link of a rank carries: bytes ÷ seconds × `bus_factor`.
 Source: NCCL-tests, doc/PERFORMANCE.md. Their sizes too: the buffer of an all-reduce, what a rank
@@ -69,19 +69,34 @@ def nodes_of(place: Place) -> int:
     return place.world // place.local_world
 
 
-def slowest(work: Callable[[], object], device: torch.device | None = None) -> float:
-    """Seconds until the slowest rank has done it, and its device too if one is given."""
-    cuda = device is not None and device.type == "cuda"
-    if cuda:
-        torch.cuda.synchronize()  # sync: nothing of before is timed
-    dist.barrier()  # dist: every rank
+def slowest(
+    work: Callable[[], object],
+    device: torch.device | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> float:
+    """Seconds until the slowest rank has done it, and its device too if one is given.
+
+    group: the ranks that do it; None: all.
+    """
+    _settle(device)
+    dist.barrier(group)  # dist: the group
+    took = torch.tensor(_own(work, device), dtype=torch.float64)
+    dist.all_reduce(took, dist.ReduceOp.MAX, group)  # dist: the group
+    return float(took)
+
+
+def _own(work: Callable[[], object], device: torch.device | None) -> float:
+    """Seconds until this rank has done it."""
+    _settle(device)
     begin = time.perf_counter()
     work()
-    if cuda:
-        torch.cuda.synchronize()  # sync: the end of what is timed
-    took = torch.tensor(time.perf_counter() - begin, dtype=torch.float64)
-    dist.all_reduce(took, dist.ReduceOp.MAX)  # dist: every rank
-    return float(took)
+    _settle(device)
+    return time.perf_counter() - begin
+
+
+def _settle(device: torch.device | None) -> None:
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize()  # sync: what is timed begins and ends here
 
 
 def measure(
@@ -113,11 +128,9 @@ def measure(
 
 def compute(device: torch.device, rounds: int) -> Rank:
     """Every rank at once, so that a node runs as hot as in training."""
-    side = _SIDE[device.type]
-    a, b = (torch.ones(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
-    out, source = torch.empty_like(a), torch.zeros(_COPIED[device.type] // 4, device=device)
+    source = torch.zeros(_COPIED[device.type] // 4, device=device)
     copy = torch.zeros_like(source)
-    works = (lambda: torch.mm(a, b, out=out), lambda: copy.copy_(source))
+    works = (_product(device), lambda: copy.copy_(source))
     times: tuple[list[float], ...] = ([], [])
     for turn in range(1 + rounds):
         for taken, work in zip(times, works, strict=True):
@@ -125,7 +138,38 @@ def compute(device: torch.device, rounds: int) -> Rank:
             if turn:  # the first one warms up
                 taken.append(seconds)
     multiplied, copied = (statistics.median(taken) for taken in times)
-    return Rank(2 * side**3 / multiplied / 1e12, 2 * _COPIED[device.type] / copied / 1e9)
+    return Rank(_tflops(device, multiplied), 2 * _COPIED[device.type] / copied / 1e9)
+
+
+def own_tflops(device: torch.device, rounds: int) -> float:
+    """What this rank alone reaches in the product of `compute`; it talks to nobody."""
+    work = _repeated(_product(device))
+    return _tflops(device, _median(lambda: _own(work, device), rounds))
+
+
+def bus_bandwidth(group: dist.ProcessGroup, device: torch.device, size: int, rounds: int) -> float:
+    """GB/s of an all-reduce of `size` bytes; the ranks of the group call it, and get the same."""
+    values = torch.zeros(size // 4, device=device)
+    work = _repeated(_call("all_reduce", group, values, values))
+    seconds = _median(lambda: slowest(work, device, group), rounds)
+    return _link("", "all_reduce", size // 4, group.size(), seconds).gb_per_s
+
+
+def _median(timed: Callable[[], float], rounds: int) -> float:
+    """Seconds of one call of `_repeated`; a round before those that count warms up."""
+    return statistics.median([timed() for _ in range(1 + rounds)][1:]) / _CALLS
+
+
+def _product(device: torch.device) -> Callable[[], object]:
+    side = _SIDE[device.type]
+    # why: a product of equal numbers needs less power than one of training, and runs faster.
+    a, b = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
+    out = torch.empty_like(a)
+    return lambda: torch.mm(a, b, out=out)
+
+
+def _tflops(device: torch.device, seconds: float) -> float:
+    return 2 * _SIDE[device.type] ** 3 / seconds / 1e12
 
 
 def _spans(place: Place, device: torch.device) -> dict[str, dist.ProcessGroup]:

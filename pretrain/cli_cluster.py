@@ -25,7 +25,9 @@ def submit(
     exclude_bad: Annotated[
         bool, typer.Option("--exclude-bad", help="Leave out nodes that failed a health check.")
     ] = False,
-    device: Annotated[str, typer.Option(help="Of the plan: h100 | h200 | cpu")] = "h100",
+    device: Annotated[
+        str, typer.Option(help="h100 | h200 | cpu, which asks for no GPUs.")
+    ] = "h100",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print it; do nothing.")] = False,
 ) -> None:
     """Check and plan a run, write its sbatch script, submit it."""

@@ -280,7 +280,7 @@ after_the_array() {
     unset "${!SLURM_@}"  # or the new job takes this one's restart count and sizes for its own
     [ -z "$conf" ] || export SLURM_CONF=$conf
     sbatch --job-name="$name" --nodes=1 --ntasks-per-node=1 --cpus-per-task=4 --time=04:00:00 \
-      --requeue --open-mode=append --output=%x.out "${options[@]}" ${more[@]+"${more[@]}"} \
+      --requeue --open-mode=append --output="$LOGS/%x.out" "${options[@]}" ${more[@]+"${more[@]}"} \
       --wrap="$command"
   ) || say "what comes after the array was not submitted; then: sbatch $SCRIPT $1 ${ARGUMENTS[*]}"
 }

@@ -14,7 +14,8 @@
 # (slurm/udit_xl_moe.sh). Other key=value arguments go to all trials.
 #
 # The first element submits a job that runs when all have ended, well or not: it prints the trials, best
-# first, and writes run_dir/results.json. By hand: python -m pretrain.cluster.sweep POINTS RUN_DIR
+# first (log: run_dir/.sweep/logs), and writes run_dir/results.json. By hand:
+# python -m pretrain.cluster.sweep POINTS RUN_DIR
 #
 # To edit, here or on sbatch's command line:
 #     --account, --partition      as your cluster wants them
@@ -59,7 +60,7 @@ take_points() {  # sets POINTS, a line a trial; a requeue reads what was submitt
     cp "$FILE" "$kept.$SLURM_JOB_ID"
     mv "$kept.$SLURM_JOB_ID" "$kept"
   fi
-  mapfile -t POINTS < <(sed 's/^[[:space:]]*//; /^#/d; /^$/d' "$kept")
+  mapfile -t POINTS < <(sed 's/\r$//; s/^[[:space:]]*//; /^#/d; /^$/d' "$kept")
   for line in ${POINTS[@]+"${POINTS[@]}"}; do
     read -ra words <<<"$line"
     [[ ${words[0]} =~ ^[A-Za-z0-9_][A-Za-z0-9_.+-]*$ ]] \

@@ -7,14 +7,17 @@ other with large messages: first the ranks of a node, then neighbouring nodes in
 slow link has a name. Each rank leaves DIR/NODE.rankN, with a line `check TAB why` for all that it
 found wrong; `passed` says that training went on. slurm/lib.sh reads them, names the nodes and ends
 the job. It runs in the trainer's own processes: a second start of Python would cost as much.
+
+HEALTH_FLOORS="45,12" in the environment sets the least bus bandwidth of an all-reduce, GB/s: inside
+a node, and between two.
 """
 
 import os
 import platform
+import re
 import shutil
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -25,9 +28,10 @@ import torch.distributed as dist
 
 from data_pipeline.errors import DataError
 from data_pipeline.loader import check
-from parallel import launch
+from parallel import launch, links
+from parallel.watch import is_consequence
 from pretrain import preflight
-from pretrain.config import Config
+from pretrain.config import Config, ConfigError
 from pretrain.models.build import build
 from pretrain.wrong_input import INPUT_ERRORS
 
@@ -38,9 +42,11 @@ COPIES = 2  # of a checkpoint must fit on the disk beside those that are there
 SHARED, SHARED_LEAST = Path("/dev/shm"), 64 << 20  # bytes that NCCL needs
 SIDE = 256  # of a product whose sums bf16 holds exactly
 _DATA = "data"
-# Bus bandwidth of an all-reduce inside a node and between two, GB/s, below which a link counts as
-# broken: a tenth of NVLink 4, a quarter of one 400 Gb/s NIC; on CPUs that bytes arrive at all.
+# Below which a link counts as broken, without HEALTH_FLOORS: a tenth of NVLink 4, a quarter of one
+# 400 Gb/s NIC; on CPUs that bytes arrive at all.
 FLOORS = {"cuda": (45.0, 12.0), "cpu": (0.01, 0.01)}
+MESSAGE = {"cuda": 256 << 20, "cpu": 1 << 20}  # bytes that are reduced
+ROUNDS = 3  # of what is timed
 SLOW = 0.7  # of the median matrix product, below which a device counts as sick
 DRIVER = Path("/proc/driver/nvidia/gpus")  # what the node has, whatever torch can see
 
@@ -51,15 +57,13 @@ class Problem:
     why: str
 
 
-def fit(
-    cfg: Config, report: Path, *, inside: float | None = None, across: float | None = None
-) -> bool:
+def fit(cfg: Config, report: Path) -> bool:
     """Whether all nodes are fit. Every rank calls it; they have met and parted when it returns.
 
     Data that no node can read, and whatever else preflight finds, is no node's fault: rank 0
-    raises it, the others SystemExit(2). inside, across: floors of the bus bandwidth of an
-    all-reduce inside a node and between two, GB/s; None: those of the kind of device.
+    raises it, the others SystemExit(2). Raises ConfigError for a wrong HEALTH_FLOORS.
     """
+    floors = _floors()
     place = launch.Place.here()
     node = os.environ.get("SLURMD_NODENAME", platform.node())
     report.mkdir(parents=True, exist_ok=True)
@@ -76,19 +80,41 @@ def fit(
             launch.leave()
             raise wrong or SystemExit(2)
         if not any(problems for _, problems in everyone):
-            usual = FLOORS[device.type]
-            floors = (inside or usual[0], across or usual[1])
-            found += _together(place, [name for name, _ in everyone], device, floors)
+            nodes = [name for name, _ in everyone]
+            found += _together(nodes, place.rank, device, floors or FLOORS[device.type])
             _write(own, found)
         all_fit = not any(_gathered(bool(found)))
         launch.leave()
         launch.meet_elsewhere()
     except RuntimeError as error:
-        _write(own, [*found, Problem("meet", f"the ranks did not meet: {error}")])
+        _write(own, found + _broken(error, report))
         return False
     if place.rank == 0 and all_fit:
         (report / PASSED).touch()
     return all_fit
+
+
+def _floors() -> tuple[float, float] | None:
+    text = os.environ.get("HEALTH_FLOORS")
+    if not text:
+        return None
+    match = re.fullmatch(r"(\d+\.?\d*),(\d+\.?\d*)", text)
+    if match is None:
+        raise ConfigError(
+            f"HEALTH_FLOORS={text!r}: expected two numbers, the least GB/s of an all-reduce inside "
+            "a node and between two, such as 45,12"
+        )
+    return float(match[1]), float(match[2])
+
+
+def _broken(error: RuntimeError, report: Path) -> list[Problem]:
+    """What an error between ranks says of this node: nothing, if another rank gave the cause."""
+    if not is_consequence(error):
+        return [Problem("devices", str(error))]
+    said = [line for file in report.glob("*.rank*") for line in file.read_text().splitlines()]
+    if all(line.startswith("meet\t") for line in said):
+        return [Problem("meet", f"the ranks did not meet: {error}")]
+    return []
 
 
 def _write(path: Path, found: list[Problem]) -> None:
@@ -183,76 +209,73 @@ def _gathered(value: T) -> list[T]:
 
 
 def _together(
-    place: launch.Place, nodes: list[str], device: torch.device, floors: tuple[float, float]
+    nodes: list[str], rank: int, device: torch.device, floors: tuple[float, float]
 ) -> list[Problem]:
     """What only shows between ranks. nodes: the node of each rank; floors: inside, across."""
-    names, mine = list(dict.fromkeys(nodes)), nodes[place.rank]
     found = []
     versions = _gathered(f"torch {torch.__version__}, Python {platform.python_version()}")
-    if versions[place.rank] != versions[0]:
-        found.append(
-            Problem("versions", f"{versions[place.rank]} beside {versions[0]} on {names[0]}")
-        )
+    if versions[rank] != versions[0]:
+        found.append(Problem("versions", f"{versions[rank]} beside {versions[0]} on {nodes[0]}"))
     if device.type == "cuda":
-        rates = _gathered(_product_rate(device))
-        rate, usual = rates[place.rank], statistics.median(rates)
-        if rate < SLOW * usual:
-            found.append(
-                Problem("matrix product", f"{device}: {rate:.0f} TFLOP/s, the others {usual:.0f}")
+        found += _product_is_quick(device)
+    if any(_gathered(bool(found))):
+        return found  # why: with a sick device among them, large messages may never end
+    rates = _rates(nodes, nodes[rank], device)
+    slow = {met: rate < floors[len(met) - 1] for met, rate in rates.items()}
+    if nodes[rank] in at_fault(slow):
+        found += [
+            Problem(
+                "all-reduce",
+                f"{' and '.join(met)}: {rate:.3g} GB/s, at least {floors[len(met) - 1]:g} wanted",
             )
-    for pair, members in _meetings(names):
-        ranks = [rank for rank, name in enumerate(nodes) if name in members]
-        group = dist.new_group(ranks, timeout=PATIENCE)  # dist: every rank, also those outside
-        if mine not in members or len(ranks) == 1:
-            continue
-        assert isinstance(group, dist.ProcessGroup)
-        reached = _bus_bandwidth(group, device)
-        least = floors[pair]
-        if reached < least:
-            why = f"{' and '.join(members)}: {reached:.3g} GB/s, at least {least:g} wanted"
-            found.append(Problem("all-reduce", why))
+            for met, rate in rates.items()
+            if slow[met] and nodes[rank] in met
+        ]
     return found
 
 
-def _meetings(names: list[str]) -> Iterator[tuple[bool, tuple[str, ...]]]:
-    """Every node alone, then neighbours in a ring; those side by side do not share a node.
+def _product_is_quick(device: torch.device) -> list[Problem]:
+    """A large product, beside the time that the others need. Every rank calls it."""
+    rate, found = 0.0, []
+    try:
+        rate = links.own_tflops(device, ROUNDS)
+    except RuntimeError as error:
+        found = [Problem("matrix product", f"{device}: {error}")]
+    usual = statistics.median(_gathered(rate))
+    if not found and rate < SLOW * usual:
+        why = f"{device}: {rate:.0f} TFLOP/s, the others {usual:.0f}"
+        found = [Problem("matrix product", why)]
+    return found
 
-    Yields whether it is a pair, and its nodes.
+
+def _rates(nodes: list[str], mine: str, device: torch.device) -> dict[tuple[str, ...], float]:
+    """Bus bandwidth, GB/s, of every meeting of more than one rank; every rank gets all."""
+    own = {}
+    for met in _meetings(list(dict.fromkeys(nodes))):
+        ranks = [rank for rank, name in enumerate(nodes) if name in met]
+        group = dist.new_group(ranks, timeout=PATIENCE)  # dist: every rank, also those outside
+        if mine in met and len(ranks) > 1:
+            assert isinstance(group, dist.ProcessGroup)
+            own[met] = links.bus_bandwidth(group, device, MESSAGE[device.type], ROUNDS)
+    return {met: rate for each in _gathered(own) for met, rate in each.items()}
+
+
+def _meetings(names: list[str]) -> list[tuple[str, ...]]:
+    """Every node alone, then neighbours in a ring, in rounds in which no node is in two pairs."""
+    pairs = list(zip(names, (*names[1:], names[0]), strict=True))[: None if len(names) > 2 else -1]
+    even = len(pairs) // 2 * 2
+    return [*((name,) for name in names), *pairs[:even:2], *pairs[1:even:2], *pairs[even:]]
+
+
+def at_fault(slow: Mapping[tuple[str, ...], bool]) -> set[str]:
+    """The nodes that slow meetings speak against.
+
+    A node that is slow alone, or in all its pairs with nodes that are not; of a slow pair which
+    that leaves open, both. slow: by meeting, of one node or two.
     """
-    yield from ((False, (name,)) for name in names)
-    pairs = list(zip(names, (*names[1:], names[0]), strict=True)) if len(names) > 2 else []
-    if len(names) == 2:
-        pairs = [(names[0], names[1])]
-    for first in (0, 1):
-        yield from ((True, pair) for pair in pairs[first::2])
-
-
-def _product_rate(device: torch.device) -> float:
-    """TFLOP/s of a bf16 product of 8192², median of five."""
-    side = 8192
-    a = torch.randn(side, side, dtype=torch.bfloat16, device=device)
-    times = [_seconds(lambda: a @ a, device) for _ in range(7)][2:]
-    return 2 * side**3 / statistics.median(times) / 1e12
-
-
-def _bus_bandwidth(group: dist.ProcessGroup, device: torch.device) -> float:
-    """GB/s of an all-reduce, slowest rank, median of five: bytes × 2 (n - 1) / n ÷ seconds.
-
-    Source: NCCL tests, PERFORMANCE.md, "Bus bandwidth".
-    """
-    size, count = (256 << 20 if device.type == "cuda" else 1 << 20), group.size()
-    values = torch.zeros(size, dtype=torch.uint8, device=device)
-    times = [_seconds(lambda: dist.all_reduce(values, group=group), device) for _ in range(7)][2:]
-    slowest = torch.tensor(statistics.median(times), dtype=torch.float64, device=device)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX, group=group)  # dist: the group
-    return size * 2 * (count - 1) / count / float(slowest) / 1e9
-
-
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # sync: what is timed begins here
-    begin = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # sync: and ends here
-    return time.perf_counter() - begin
+    alone = {met[0] for met, is_slow in slow.items() if is_slow and len(met) == 1}
+    pairs = {met: is_slow for met, is_slow in slow.items() if len(met) == 2 and not alone & {*met}}
+    names = {name for pair in pairs for name in pair}
+    sick = alone | {n for n in names if all(is_slow for p, is_slow in pairs.items() if n in p)}
+    unclear = {n for p, is_slow in pairs.items() if is_slow and not sick & {*p} for n in p}
+    return sick | unclear

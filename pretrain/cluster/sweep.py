@@ -4,6 +4,8 @@ python -m pretrain.cluster.sweep POINTS RUN_DIR       prints them and writes RUN
 """
 
 import json
+import re
+import string
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,9 @@ def points(file: Path) -> dict[str, list[str]]:
     """
     if not file.is_file():
         raise SweepError(f"{file} is no file; give one with a line NAME key=value … for each trial")
-    lines = [line.split() for line in file.read_text().splitlines()]
-    trials = [words for words in lines if words and not words[0].startswith("#")]
+    # why: lines and words end where they do for the shell that starts the trials.
+    lines = [line.strip(string.whitespace) for line in file.read_text().split("\n")]
+    trials = [re.split("[ \t]+", line) for line in lines if line and not line.startswith("#")]
     if len({words[0] for words in trials}) < len(trials):
         raise SweepError(f"{file} has two trials of one name; give each its own")
     return {words[0]: words[1:] for words in trials}

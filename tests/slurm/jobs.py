@@ -26,6 +26,7 @@ class Jobs:
             data,
             steps=STEPS,
             mesh__ep=2,
+            threads=1,
             checkpoint__every=4,
             sample__every=STEPS,
             sample__sampler="heun",

@@ -79,7 +79,7 @@ def test_a_cluster_is_measured_and_planned_with(jobs: Jobs) -> None:
         "DISPATCH": "--tokens 64 --width 64 --experts 8 --top-k 2 --rounds 2",
         "CHECKPOINT": "--params 1e5 --rounds 1",
     }
-    words = (f"config={jobs.config}", f"run_dir={jobs.run_dir}")
+    words = (f"config={jobs.config}", f"run_dir={jobs.run_dir}", "mesh.ep=1")
     number = jobs.submit("acceptance", *words, GPUS_PER_NODE="1", **settings)
     assert jobs.wait(number, limit=500) == "COMPLETED", jobs.log(number) + jobs.ranks()
     links = json.loads((jobs.folder / "site" / "links.json").read_text())
@@ -87,6 +87,8 @@ def test_a_cluster_is_measured_and_planned_with(jobs: Jobs) -> None:
     assert links["across"]["all_reduce"] > 0
     report = json.loads((jobs.run_dir / number / "report.json").read_text())
     assert report
-    plan = jobs.pretrain("plan", str(jobs.config), "--gpus", "2", "--device", "cpu", "--json")
+    plan = jobs.pretrain(
+        "plan", str(jobs.config), "mesh.ep=1", "--gpus", "2", "--device", "cpu", "--json"
+    )
     assert json.loads(plan)["hours"] > 0
     assert "measured on" in json.loads(plan)["hours_basis"]

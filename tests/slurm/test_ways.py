@@ -32,6 +32,7 @@ def test_torchrun_in_a_container_ends_the_same(jobs: Jobs, undisturbed: Jobs) ->
         "dit_moe_xl",
         f"config={jobs.config}",
         f"run_dir={jobs.run_dir}",
+        options=("--nodes=2",),
         LAUNCHER="torchrun",
         CONTAINER_IMAGE="some.sqsh",
         CONTAINER_MOUNTS="/data:/data",
@@ -55,7 +56,7 @@ def test_pictures_and_scores_of_a_run(jobs: Jobs, undisturbed: Jobs, tmp_path: P
     number = jobs.submit("sample_eval", *words, options=("--cpus-per-task=1",))
     assert jobs.wait(number) == "COMPLETED", jobs.log(number)
     assert (run / "samples" / "sample.png").stat().st_size > 1000
-    assert json.loads((run / "scores.json").read_text())["count"] == 20
+    assert json.loads((run / "scores.json").read_text())["n"] == 20
 
 
 def test_a_small_model_by_its_own_script(jobs: Jobs) -> None:

@@ -14,7 +14,17 @@ SLURM = {
     "SLURM_LOCALID": "1",
     "SLURM_STEP_NUM_TASKS": "10",
     "SLURM_STEP_TASKS_PER_NODE": "4(x2),2",
+    "SLURM_NODEID": "1",
 }
+LAST = SLURM | {"SLURM_PROCID": "9", "SLURM_NODEID": "2"}  # of the node of two
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "20", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "10"}
+
+
+def environment(env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*TORCHRUN, *SLURM, "SLURM_CPUS_PER_TASK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.mark.parametrize(
@@ -24,14 +34,33 @@ SLURM = {
         ({"RANK": "3", "WORLD_SIZE": "4"}, Place(3, 4, 0, 1)),
         (SLURM, Place(5, 10, 1, 4)),
         (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, Place(0, 1, 0, 1)),
+        (LAST, Place(9, 10, 1, 2)),
+        (SLURM | {"RANK": "5", "WORLD_SIZE": "10"}, Place(5, 10, 1, 4)),  # a container's hook
+        (SLURM | TORCHRUN, Place(3, 20, 3, 10)),
     ],
 )
 def test_place(env: dict[str, str], place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", *SLURM):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
+    environment(env, monkeypatch)
     assert Place.here() == place
+
+
+@pytest.mark.parametrize(
+    ("env", "cores", "threads"),
+    [
+        (SLURM | {"SLURM_CPUS_PER_TASK": "16"}, 16, 16),  # bound: the share is all it sees
+        (SLURM | {"SLURM_CPUS_PER_TASK": "16"}, 64, 16),
+        (SLURM, 64, 16),
+        (TORCHRUN | {"SLURM_CPUS_PER_TASK": "64"}, 64, 6),
+        (SLURM | TORCHRUN | {"SLURM_CPUS_PER_TASK": "64"}, 64, 6),
+        ({}, 64, 64),
+    ],
+)
+def test_threads_are_the_share_of_a_rank(
+    env: dict[str, str], cores: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment(env, monkeypatch)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(cores), raising=False)
+    assert launch.default_threads(Place.here()) == threads
 
 
 @pytest.mark.parametrize(

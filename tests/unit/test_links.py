@@ -53,6 +53,12 @@ def _two_nodes_of_two(out: Path) -> None:
         "across": (101, 1010)[rank % 2],
         "world": 1111,
     }
+    pair = links._spans(place, device)["inside"]
+    rates: list[float] = [0.0] * 4
+    dist.all_gather_object(rates, links.bus_bandwidth(pair, device, 40_000, rounds=1))
+    assert rates[0] == rates[1] > 0
+    assert rates[2] == rates[3] > 0
+    assert links.own_tflops(device, rounds=1) > 0
     found = links.measure(place, device, [1600, 40_000], rounds=1)
     if rank == 0:
         out.write_text(json.dumps([vars(link) for link in found]))

@@ -199,6 +199,41 @@ BROKEN = """Traceback (most recent call last):
 RuntimeError: [gloo/transport/tcp/pair.cc] Connection closed by peer
 rank 0 ended because rank 2 failed at x.py:5 in g: ValueError: no such label: 7
 """
+LOST = """[rank0]: Traceback (most recent call last):
+[rank0]:   File "y.py", line 1, in h
+[rank0]: torch.distributed.DistNetworkError: [gloo] Broken pipe
+"""
+CHAIN = """[rank1]: Traceback (most recent call last):
+[rank1]:   File "y.py", line 1, in h
+[rank1]: ValueError: no such label: 8
+[rank1]: of 10
+
+[rank1]: During handling of the above exception, another exception occurred:
+
+[rank1]: Traceback (most recent call last):
+[rank1]:   File "y.py", line 2, in h
+[rank1]: RuntimeError: [gloo/transport] Connection closed by peer
+"""
+AFTER_LOST = """Traceback (most recent call last):
+  File "y.py", line 1, in h
+RuntimeError: [gloo/transport] Connection closed by peer
+
+During handling of the above exception, another exception occurred:
+
+Traceback (most recent call last):
+  File "y.py", line 2, in h
+AttributeError: no loader
+"""
+AGENT = """Traceback (most recent call last):
+  File "z.py", line 1, in main
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+"""
+REMOTE = """[rank 3] Traceback (most recent call last):
+[rank 3]   File "y.py", line 1, in h
+[rank 3] DataError: x: Connection reset by peer
+"""
+OOM = "slurmstepd: error: Detected 1 oom-kill event(s) in StepId=17.0"
+CANCELLED = "slurmstepd: error: *** STEP 17.0 ON node1 CANCELLED AT 2026-11-21T10:00:00 ***"
 KILLED = "rank 1 ended or was killed without a word: rank 1 was last at train.py:120 in train"
 
 
@@ -212,6 +247,16 @@ KILLED = "rank 1 ended or was killed without a word: rank 1 was last at train.py
         (["Traceback (most recent call last):\n  File\nOSError: full\n", KILLED], "OSError: full"),
         (["step 1\nrank 0 was ended by SIGKILL\n"], "rank 0 was ended by SIGKILL"),
         (["all is well\n"], None),
+        ([LOST, CHAIN], "rank 1: ValueError: no such label: 8"),
+        ([LOST.replace("[gloo", "["), AGENT, KILLED], KILLED),
+        ([AFTER_LOST, "rank 0 was ended by SIGTERM", f"x\n{OOM}"], OOM),
+        (["Fatal Python error: Aborted\n", AFTER_LOST, KILLED], KILLED),
+        (["Fatal Python error: Aborted\n", AFTER_LOST], "Fatal Python error: Aborted"),
+        ([f"{CANCELLED}\nrank 1 was ended by SIGTERM\n", AGENT], CANCELLED),
+        (
+            [REMOTE, "Traceback (most recent call last)\n  F\nKeyError: 1"],
+            "rank 3: DataError: x: Con",
+        ),
     ],
 )
 def test_a_cause_goes_before_its_consequences(

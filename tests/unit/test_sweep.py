@@ -1,6 +1,8 @@
 """A sweep's results: every trial of the file has a row, the best first."""
 
 import json
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,20 @@ def test_points_are_named_lines(sweep: tuple[Path, Path], tmp_path: Path) -> Non
         points(tmp_path / "two.txt")
     with pytest.raises(SweepError, match="is no file"):
         points(tmp_path / "none.txt")
+
+
+def test_the_shell_reads_the_same_trials(tmp_path: Path) -> None:
+    script = (Path(__file__).parents[2] / "slurm" / "mup_sweep.sh").read_text()
+    (sed,) = re.findall(r"< <\((sed .*) \"\$kept\"\)", script)
+    file = tmp_path / "points.txt"
+    odd = "c x=1\u2028d\x0ce\n\x0c\n"  # ends of lines to Python alone
+    file.write_text(f"# lr\n\na x=1 y=2\n \t\n  # no\n\t b\tx=2 \n#\n{odd}last")
+    words = """while read -ra words; do printf '%s|' "${words[@]}"; echo; done"""
+    shell = f'{{ {sed} "$1"; echo; }} | {words}'
+    done = subprocess.run(["bash", "-c", shell, "", file], capture_output=True, text=True)
+    trials = points(file)
+    assert list(trials) == ["a", "b", "c", "last"]
+    assert done.stdout == "".join("|".join((name, *trials[name])) + "|\n" for name in trials)
 
 
 def test_the_best_trial_is_first_and_none_is_left_out(sweep: tuple[Path, Path]) -> None:
