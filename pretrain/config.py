@@ -31,6 +31,7 @@ from pretrain.guard import GuardConfig
 from pretrain.manifest import CheckpointConfig
 from pretrain.metrics import LogConfig
 from pretrain.models.build import ModelConfig
+from pretrain.models.mup import at_width
 from pretrain.objectives import DDPM, ObjectiveConfig
 from pretrain.optim import OptimConfig
 from pretrain.parallelize import EngineName
@@ -63,7 +64,7 @@ class Config(BaseModel):
     precision: Precision = "fp32"
     remat: RematConfig = RematConfig()
     compile: bool = False  # blocks through torch.compile
-    parametrisation: Literal["standard"] = "standard"
+    parametrisation: Literal["standard", "mup"] = "standard"
     run_dir: str  # default: runs/NAME of the YAML file
     seed: NonNegativeInt = 0
     accum: PositiveInt = 1  # micro-batches a step
@@ -79,6 +80,23 @@ class Config(BaseModel):
                 "objective.kind=ddpm learns the variance, so the model needs twice the channels; "
                 "set model.learn_sigma=true or objective.kind=flow"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _parametrisation_is_whole(self) -> "Config":
+        mup = self.model.mup
+        if self.parametrisation == "mup":
+            if mup is None:
+                raise ValueError(
+                    "parametrisation=mup needs model.mup.base_width, the width at which every "
+                    "factor is 1, such as that of the proxies; this model has model.width="
+                    f"{self.model.width}"
+                )
+            at_width(self.model, mup.base_width, "model.mup.base_width")
+        elif mup is not None:
+            # why: so that one override, parametrisation=standard, gives the model as published.
+            plain = self.model.model_copy(update={"mup": None})
+            return self.model_copy(update={"model": plain})
         return self
 
 

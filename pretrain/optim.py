@@ -27,7 +27,13 @@ class OptimConfig(BaseModel):
 class AdamW:
     """Fused AdamW over this rank's pieces. Source: Loshchilov and Hutter 2019, Alg. 2."""
 
-    def __init__(self, cfg: OptimConfig, pieces: Mapping[str, Piece]) -> None:
+    def __init__(
+        self,
+        cfg: OptimConfig,
+        pieces: Mapping[str, Piece],
+        factors: Mapping[str, tuple[float, float]],
+    ) -> None:
+        """factors: what multiplies learning rate and weight decay, by name of the parameter."""
         self._cfg = cfg
         self._pieces = pieces
         values = {name: piece.values for name, piece in pieces.items()}
@@ -40,17 +46,21 @@ class AdamW:
             name: torch.zeros((), dtype=torch.float32, device=values[name].device) for name in held
         }
         self._count = torch.zeros((), dtype=torch.float32)
-        matrices = {name for name in held if len(pieces[name].extent.box.shape) >= 2}
+        # perf: one fused call for all parameters of the same factors.
+        groups: dict[tuple[float, float, bool], list[str]] = {}
+        for name in held:
+            matrix = len(pieces[name].extent.box.shape) >= 2
+            groups.setdefault((*factors[name], matrix), []).append(name)
         self._groups = [
-            ([n for n in held if n in matrices], cfg.weight_decay),
-            ([n for n in held if n not in matrices], 0.0),
+            (names, rate, cfg.weight_decay * decay if matrix else 0.0)
+            for (rate, decay, matrix), names in groups.items()
         ]
 
     @torch.no_grad()
     def step(
         self, gradients: Mapping[str, Tensor], factor: float, divisor: Tensor, skip: Tensor
     ) -> float:
-        """Updates the pieces; returns the learning rate used.
+        """Updates the pieces; returns the learning rate used, before factors.
 
         gradients: flat, by name, as the pieces. factor: of the peak learning rate. divisor: (),
         gradients are divided by it (clipping). skip: (), true leaves parameters, moments and the
@@ -58,9 +68,7 @@ class AdamW:
         """
         lr = self._cfg.lr * factor
         self._count = self._count.to(skip.device) + (~skip).float()
-        for names, decay in self._groups:
-            if not names:
-                continue
+        for names, rate, decay in self._groups:
             device = self._pieces[names[0]].values.device
             # perf: scaling and skipping inside the fused kernel: no extra pass over the gradients.
             # sync: only where masters are offloaded: divisor and skip come to the host.
@@ -77,7 +85,7 @@ class AdamW:
                 amsgrad=False,
                 beta1=self._cfg.betas[0],
                 beta2=self._cfg.betas[1],
-                lr=lr,
+                lr=lr * rate,
                 weight_decay=decay,
                 eps=self._cfg.eps,
                 maximize=False,

@@ -13,6 +13,7 @@ from pretrain.ema import EMA, EMAConfig
 from pretrain.guard import Guard, GuardConfig
 from pretrain.models.build import build
 from pretrain.models.init import Filler
+from pretrain.models.mup import factors
 from pretrain.optim import AdamW, OptimConfig
 
 
@@ -35,7 +36,8 @@ class TrainState:
     def new(
         backend: Backend, optim: OptimConfig, ema: EMAConfig, guard: GuardConfig, seed: int
     ) -> "TrainState":
-        optimizer = AdamW(optim, backend.pieces)
+        cfg: Any = backend.model.cfg
+        optimizer = AdamW(optim, backend.pieces, factors(cfg))
         return TrainState(backend, optimizer, EMA(ema, backend), Guard(guard, backend.device), seed)
 
     @property

@@ -10,6 +10,7 @@ from pretrain.evaluate import EvaluationError
 from pretrain.layouts.rules import WeightsError
 from pretrain.manifest import CheckpointError
 from pretrain.metrics import LogError
+from pretrain.models.mup import MupError
 from pretrain.run import RunError
 from pretrain.sampling import SamplingError
 
@@ -23,6 +24,7 @@ INPUT_ERRORS = (
     SamplingError,
     EvaluationError,
     LogError,
+    MupError,
     RunError,
     LinksError,
     StatusError,

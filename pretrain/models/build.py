@@ -1,23 +1,12 @@
-"""From a model config to a model; the one place that knows all families."""
+"""From a model config to the model that is trained."""
 
-from typing import Annotated
-
-from pydantic import Field
-
-from pretrain.models.dit import DiT, DiTConfig, DiTMoEConfig
-from pretrain.models.rep import Form
-from pretrain.models.udit import UDiT, UDiTConfig
-
-ModelConfig = Annotated[DiTConfig | DiTMoEConfig | UDiTConfig, Field(discriminator="family")]
-Model = DiT | UDiT
+from pretrain.models.families import Model, ModelConfig, build_form
+from pretrain.models.mup import declare
 
 
-def build(cfg: DiTConfig | DiTMoEConfig | UDiTConfig) -> Model:
+def build(cfg: ModelConfig) -> Model:
     """The model of a config, on the current default device (meta too), its values undefined until
-    `init.initialise`."""
-    return build_form(cfg, "trained")
-
-
-def build_form(cfg: DiTConfig | DiTMoEConfig | UDiTConfig, form: Form) -> Model:
-    """The same in another form of its re-parameterised parts, which only U-DiT has (`rep.Form`)."""
-    return UDiT(cfg, form) if isinstance(cfg, UDiTConfig) else DiT(cfg)
+    `init.initialise`. Under muP its parameters declare the starts of muP."""
+    model = build_form(cfg, "trained")
+    declare(model, cfg)
+    return model

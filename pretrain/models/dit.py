@@ -5,7 +5,7 @@ Transformers to 16 Billion Parameters. Written from descriptions, no reference c
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -93,6 +93,12 @@ class DiTShape(LatentConfig):
             )
         return self
 
+    @property
+    def residual_scale(self) -> float:
+        """Multiplies what attention and feed-forward add to the tokens."""
+        base = self.mup.base_depth if self.mup else None
+        return 1.0 if base is None else base / self.depth
+
     def heads(self) -> dict[str, int]:
         """Attention heads by what sets them."""
         return {"model.num_heads": self.num_heads}
@@ -163,6 +169,7 @@ class DiT(nn.Module):
     """Latent, time and label to a prediction; dense or with experts in every n-th block."""
 
     label_tables = 1
+    readout: ClassVar = "head.linear"  # the layer that starts at zero and whose input is scaled
 
     def __init__(self, cfg: DiTConfig | DiTMoEConfig) -> None:
         super().__init__()
@@ -173,7 +180,7 @@ class DiT(nn.Module):
         self.position = PositionTable(cfg.width, self.grid)
         self.condition = Condition(cfg.width, cfg.num_classes)
         self.blocks = nn.ModuleList(_block(cfg, i) for i in range(cfg.depth))
-        self.head = PatchHead(cfg.width, cfg.patch, cfg.out_channels)
+        self.head = PatchHead(cfg.width, cfg.patch, cfg.out_channels, cfg.readout_scale)
 
     def forward(
         self, x_t: Tensor, t: Tensor, cond: Tensor, *, routing: bool = False
@@ -211,4 +218,4 @@ def _block(cfg: DiTConfig | DiTMoEConfig, index: int) -> Block:
         ffn: nn.Module = MoE(cfg.width, cfg.moe, shared if cfg.moe.shared else None)
     else:
         ffn = Mlp(cfg.width, round(cfg.mlp_ratio * cfg.width))
-    return Block(AdaLN(cfg.width, 6), attn, ffn)
+    return Block(AdaLN(cfg.width, 6), attn, ffn, cfg.residual_scale)

@@ -106,6 +106,11 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return _Modulate.apply(x, shift, scale)
 
 
+def times(x: Tensor, scale: float) -> Tensor:
+    """x·scale; x itself where scale is 1, as in the standard parametrisation."""
+    return x if scale == 1.0 else x * scale
+
+
 class _Modulate(torch.autograd.Function):
     """Keeps x alone for backward: the normed tokens in float32 would be four times its bytes."""
 
@@ -272,14 +277,16 @@ class Block(nn.Module):
     Attention and feed-forward are given; both families and their MoE variants differ only in these.
     """
 
-    def __init__(self, adaln: AdaLN, attn: nn.Module, ffn: nn.Module) -> None:
+    def __init__(self, adaln: AdaLN, attn: nn.Module, ffn: nn.Module, scale: float = 1.0) -> None:
+        """scale: multiplies what attention and feed-forward add."""
         super().__init__()
-        self.adaln, self.attn, self.ffn = adaln, attn, ffn
+        self.adaln, self.attn, self.ffn, self.scale = adaln, attn, ffn, scale
 
     def forward(
         self, x: Tensor, cond: Conditioning, rope: Tensor | None = None
     ) -> tuple[Tensor, Routing | None]:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(cond, x.ndim)
+        gate1, gate2 = times(gate1, self.scale), times(gate2, self.scale)
         x = x + gate1 * self.attn(modulate(x, shift1, scale1), rope)
         out, routing = modulate(x, shift2, scale2), None
         if isinstance(self.ffn, MoE):
@@ -304,14 +311,15 @@ class PatchEmbed(Linear):
 class PatchHead(nn.Module):
     """Tokens back to an image. (B, N, D) -> (B, C, H, W); a patch is (row, column, channel)."""
 
-    def __init__(self, width: int, patch: int, channels: int) -> None:
+    def __init__(self, width: int, patch: int, channels: int, scale: float) -> None:
+        """scale: multiplies what the linear reads."""
         super().__init__()
-        self.patch, self.channels = patch, channels
+        self.patch, self.channels, self.scale = patch, channels, scale
         self.adaln = AdaLN(width, 2)
         self.linear = Linear(width, patch * patch * channels, init=Zero())
 
     def forward(self, x: Tensor, cond: Conditioning, grid: int) -> Tensor:
-        x = self.linear(modulate(x, *self.adaln(cond, x.ndim)))
+        x = self.linear(times(modulate(x, *self.adaln(cond, x.ndim)), self.scale))
         x = x.view(-1, grid, grid, self.patch, self.patch, self.channels)
         x = x.permute(0, 5, 1, 3, 2, 4)
         return x.reshape(-1, self.channels, grid * self.patch, grid * self.patch)

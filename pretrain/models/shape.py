@@ -10,6 +10,17 @@ from torch import Tensor
 MANY = 12  # sizes; of more only the nearest are named in a message
 
 
+class MupConfig(BaseModel):
+    """muP, the parametrisation under which a learning rate holds at every width; see `mup`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+    base_width: int = Field(ge=1)  # model.width at which every factor is 1
+    # DiT and DiT-MoE: depth at which residual branches are multiplied by 1; null: 1 at every depth
+    base_depth: int | None = Field(None, ge=1)
+    output_mult: float = Field(1.0, gt=0)  # multiplies what the readout reads
+
+
 class LatentConfig(BaseModel):
     """What goes in and what comes out, whatever the family."""
 
@@ -23,6 +34,13 @@ class LatentConfig(BaseModel):
         0.0, ge=0
     )  # given to zero-initialised tensors; parity tests use 0.05
     label_dropout: float = Field(0.1, ge=0, le=1)  # share of labels replaced by the null label
+    width: int = Field(ge=2)  # channels
+    mup: MupConfig | None = None  # of parametrisation=mup; standard drops it
+
+    @property
+    def readout_scale(self) -> float:
+        """Multiplies what the last linear or convolution reads."""
+        return self.mup.output_mult * self.mup.base_width / self.width if self.mup else 1.0
 
     @property
     def out_channels(self) -> int:

@@ -26,6 +26,7 @@ from pretrain.models.layers import (
     Linear,
     modulate,
     sinusoid,
+    times,
 )
 from pretrain.models.moe import MoE, MoEConfig, Router, Routing, moe_layers
 from pretrain.models.rep import FeedForward, Form, merge_into
@@ -78,6 +79,11 @@ class UDiTConfig(LatentConfig):
             raise ValueError(
                 f"num_heads={self.num_heads} and head_dim={self.head_dim}: give exactly one; "
                 "heads are constant over the stages (as published), or the channels of a head are"
+            )
+        if self.mup is not None and self.mup.base_depth is not None:
+            raise ValueError(
+                f"mup.base_depth={self.mup.base_depth}: a U-DiT has the depth of its family; leave "
+                "it out"
             )
         require_multiple("input_size", self.input_size, 8, "two halvings and a phase grid")
         require_multiple("width", self.width, 2, "down-sampling halves it")
@@ -205,21 +211,24 @@ class Head(nn.Module):
 
     tensor_plan: ClassVar[Plan] = {"conv": "gathered"}
 
-    def __init__(self, width: int, channels: int) -> None:
+    def __init__(self, width: int, channels: int, scale: float) -> None:
+        """scale: multiplies what the last convolution reads."""
         super().__init__()
+        self.scale = scale
         self.conv = Conv(width, width, 3)
         self.adaln = AdaLN(width, 2)
         self.out = Conv(width, channels, 3, init=Zero())
 
     def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
         x = self.conv(x)
-        return self.out(modulate(x, *self.adaln(cond, x.ndim)))
+        return self.out(times(modulate(x, *self.adaln(cond, x.ndim)), self.scale))
 
 
 class UDiT(nn.Module):
     """Latent, time and label to a prediction, in the trained or in another form (`rep.Form`)."""
 
     label_tables = 3
+    readout: ClassVar = "head.out"  # the layer that starts at zero and whose input is scaled
     tensor_plan: ClassVar[Plan] = {"reduce2": "gathered", "reduce1": "gathered"}
 
     def __init__(self, cfg: UDiTConfig, form: Form = "trained") -> None:
@@ -245,7 +254,7 @@ class UDiT(nn.Module):
         self.up1 = Up(2 * h)
         self.reduce1 = Linear(2 * h, 2 * h)
         self.dec1 = Stage(cfg, "dec1", form)
-        self.head = Head(2 * h, cfg.out_channels)
+        self.head = Head(2 * h, cfg.out_channels, cfg.readout_scale)
 
     def forward(
         self, x_t: Tensor, t: Tensor, cond: Tensor, *, routing: bool = False
