@@ -98,7 +98,7 @@ def _config(
     }
     stated = _stated(weights)
     if stated is not None:
-        tree["objective"] = stated["objective"]
+        tree |= {key: stated[key] for key in ("objective", "parametrisation")}
     elif not any(key.startswith("objective") for key in _keys(overrides)):
         assumed.append(f"objective.kind={tree['objective']['kind']}: as published")
     merged = OmegaConf.merge(OmegaConf.create(tree), OmegaConf.from_dotlist(overrides))
@@ -150,7 +150,11 @@ def _stated(weights: Weights) -> dict[str, Any] | None:
         return None
     try:
         tree = json.loads(weights.metadata["config"])
-        return {"model": dict(tree["model"]), "objective": dict(tree["objective"])}
+        return {
+            "model": dict(tree["model"]),
+            "objective": dict(tree["objective"]),
+            "parametrisation": tree.get("parametrisation", "standard"),
+        }
     except (ValueError, KeyError, TypeError) as error:
         raise WeightsError(
             f"{weights.path} states a configuration that cannot be read ({error!r}); give --config"
@@ -164,6 +168,13 @@ def _at(values: Mapping[str, Any], key: str) -> Any:
 
 def _layout(cfg: Config, weights: Weights) -> Layout:
     if weights.metadata.get("names") == "own":
+        stated = _stated(weights) or {}
+        then, now = stated.get("model", {}).get("mup"), cfg.model.model_dump(mode="json")["mup"]
+        if then != now:
+            raise WeightsError(
+                f"{weights.path} has our own names and weights made with model.mup={then}, which "
+                f"mean another model with {now}; leave parametrisation and model.mup as they were"
+            )
         return official.own(cfg.model)
     layout, other = official.layout_of(cfg.model)
     if other:

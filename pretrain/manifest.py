@@ -205,8 +205,12 @@ def locate(place: Path) -> Path:
     return folder
 
 
-# How the parts of `data` in a manifest are set, and what accepts that one of them differs.
-_SET_BY = {"data.fingerprint": "data.path (SHA-256 of its index)", "data.seed": "seed"}
+# How what a manifest holds is set, and what accepts that one of them differs.
+_SET_BY = {
+    "data.fingerprint": "data.path (SHA-256 of its index)",
+    "data.seed": "seed",
+    "model.mup": "parametrisation, model.mup",
+}
 _ACCEPTED_BY: dict[str, Literal["global_batch", "data"]] = {
     "global_batch": "global_batch",
     "fingerprint": "data",

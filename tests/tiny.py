@@ -27,11 +27,15 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def write(folder: Path, model: str, data: Path, **changes: Any) -> Path:
-    """A configuration of `model` on `data`, with changes by dotted key, as FOLDER/MODEL.yaml."""
+    """A configuration of `model` on `data`, with changes by dotted key, as FOLDER/MODEL.yaml.
+
+    MODEL+mup is the model under muP at twice its base width; a DiT's residual branches are scaled.
+    """
+    family, _, under = model.partition("+")
     shape = {"input_size": 8, "in_channels": 16, "num_classes": 10, "learn_sigma": False}
     tree = OmegaConf.create(
         {
-            "model": MODELS[model] | shape,
+            "model": MODELS[family] | shape,
             "objective": {"kind": "flow"},
             "data": {"path": str(data), "global_batch": 8, "order": "samples"},
             "schedule": {"kind": "constant"},
@@ -45,6 +49,11 @@ def write(folder: Path, model: str, data: Path, **changes: Any) -> Path:
     )
     for key, value in changes.items():
         OmegaConf.update(tree, key.replace("__", "."), value)
+    if under == "mup":
+        base: dict[str, Any] = {"base_width": tree.model.width // 2, "output_mult": 3.0}
+        base |= {} if tree.model.family == "udit" else {"base_depth": 3}
+        OmegaConf.update(tree, "parametrisation", "mup")
+        OmegaConf.update(tree, "model.mup", base)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{model}.yaml"
     OmegaConf.save(tree, path)

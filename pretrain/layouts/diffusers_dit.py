@@ -9,7 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pretrain.layouts.rules import Layout, copied, kernel, module, same
+from pretrain.layouts.dit import unlike_residual
+from pretrain.layouts.rules import Layout, copied, kernel, module, readout, same
 from pretrain.models.build import ModelConfig
 from pretrain.models.dit import DiTConfig
 
@@ -24,9 +25,8 @@ def unlike(cfg: ModelConfig) -> list[str]:
     """What of this model that class cannot compute."""
     if not isinstance(cfg, DiTConfig):
         return [f"model.family={cfg.family}"]
-    return ["model.qk_norm=true"] * cfg.qk_norm + [f"model.mlp_ratio={cfg.mlp_ratio}"] * (
-        cfg.mlp_ratio != 4
-    )
+    ratio = [f"model.mlp_ratio={cfg.mlp_ratio}"] * (cfg.mlp_ratio != 4)
+    return ["model.qk_norm=true"] * cfg.qk_norm + ratio + unlike_residual(cfg)
 
 
 def rules(cfg: DiTConfig) -> Layout:
@@ -37,7 +37,7 @@ def rules(cfg: DiTConfig) -> Layout:
         kernel("pos_embed.proj.weight", "embed.weight", inner),
         same("pos_embed.proj.bias", "embed.bias"),
         *module("proj_out_1", "head.adaln.up"),
-        *module("proj_out_2", "head.linear"),
+        *readout("proj_out_2", "head.linear", cfg.readout_scale),
     ]
     for theirs, ours in _TIME.items():
         for part in ("weight", "bias"):

@@ -17,6 +17,7 @@ from pretrain.layouts.rules import (
     kernel,
     module,
     need,
+    readout,
     same,
     table,
 )
@@ -67,7 +68,7 @@ def scaffold(cfg: DiTShape) -> Layout:
         *module("t_embedder.mlp.2", "condition.time2"),
         same("y_embedder.embedding_table.weight", "condition.label.weight"),
         *module("final_layer.adaLN_modulation.1", "head.adaln.up"),
-        *module("final_layer.linear", "head.linear"),
+        *readout("final_layer.linear", "head.linear", cfg.readout_scale),
     ]
 
 
@@ -86,7 +87,13 @@ def block(i: int, *, qkv: str, out: str) -> Layout:
 
 
 def unlike_scaffold(cfg: DiTShape) -> list[str]:
-    return [f"model.sinusoid_shift={cfg.sinusoid_shift}"] * bool(cfg.sinusoid_shift)
+    shift = [f"model.sinusoid_shift={cfg.sinusoid_shift}"] * bool(cfg.sinusoid_shift)
+    return shift + unlike_residual(cfg)
+
+
+def unlike_residual(cfg: DiTShape) -> list[str]:
+    """Residual branches that are scaled, which no other program's blocks do."""
+    return ["model.mup.base_depth"] * (cfg.residual_scale != 1.0)
 
 
 def infer_scaffold(found: Shapes) -> Guess:

@@ -60,6 +60,20 @@ def module(theirs: str, ours: str, *, bias: bool = True) -> Layout:
     return [same(f"{theirs}.{part}", f"{ours}.{part}") for part in parts]
 
 
+def readout(theirs: str, ours: str, scale: float) -> Layout:
+    """The last layer, whose input is multiplied by `scale` here and in no layout of others: their
+    weight holds the scale."""
+    if scale == 1.0:
+        return module(theirs, ours)
+    weight = Rule(
+        (f"{theirs}.weight",),
+        (f"{ours}.weight",),
+        _each(lambda tensor: tensor * scale),
+        _each(lambda tensor: tensor.float() / scale),
+    )
+    return [weight, same(f"{theirs}.bias", f"{ours}.bias")]
+
+
 def kernel(theirs: str, ours: str, inner: Shape) -> Rule:
     """Their convolution (O, *inner) is our linear, its columns flattened; inner: (I, k, k)."""
     return Rule(

@@ -14,6 +14,7 @@ from pretrain.layouts.rules import (
     module,
     need,
     per_head,
+    readout,
     same,
 )
 from pretrain.models.udit import STAGES, UDIT_SIZES, UDiTConfig
@@ -51,7 +52,7 @@ def rules(cfg: UDiTConfig) -> Layout:
                 )
     layout += module("output", "head.conv")
     layout += module("final_layer.adaLN_modulation.1", "head.adaln.up")
-    layout += module("final_layer.out_proj", "head.out")
+    layout += readout("final_layer.out_proj", "head.out", cfg.readout_scale)
     return layout
 
 

@@ -96,6 +96,13 @@ TYPED = [  # overrides; parts of the message
     ("schedule.kind=x", ["schedule.kind=x is not known: use one of constant, cosine, wsd"]),
     ("model.size=M/2", ["model: size='M/2' is not a published size; use one of S/2, S/4"]),
     ("model.size=[1]", ["model: size=.* is not a published size"]),
+    ("parametrisation=nup", ["parametrisation='nup' must be 'standard' or 'mup'"]),
+    ("parametrisation=mup", ["parametrisation=mup needs model.mup.base_width, .* model.width=32"]),
+    ("parametrisation=mup model.mup.base_widht=16", ['did you mean "base_width"']),
+    (
+        "parametrisation=mup model.mup.base_width=24",
+        ["model.mup.base_width=24 is no width .* the multiples of 16 .*; use such as 32"],
+    ),
     ("model.input_size=9", ["model: input_size=9 must be a multiple of 2 .*such as 8"]),
     ("objective.kind=ddpm", ["objective.kind=ddpm", "set model.learn_sigma=true or"]),
     ("optim.lr", ["override 'optim.lr' is not KEY=VALUE; write such as optim.lr=1e-4"]),
@@ -207,6 +214,14 @@ def test_a_layout_that_does_not_cut_the_model_is_refused(
         ("model.moe.expert=4", ['unknown key model.moe.expert: did you mean "experts"']),
         ("model.moe.score=max", ["model.moe.score='max' must be 'softmax' or 'sigmoid'"]),
         ("model.moe.stages=[enc9]", ["model.moe.stages.0='enc9' must be 'enc1', 'enc2'"]),
+        (
+            "parametrisation=mup model.mup.base_width=8 model.moe.hidden=8",
+            ["model.moe.hidden=8 stays .* experts must grow .* set model.moe.hidden_ratio"],
+        ),
+        (
+            "parametrisation=mup model.mup.base_width=8 model.mup.base_depth=2",
+            ["mup.base_depth=2: a U-DiT has the depth of its family; leave it out"],
+        ),
         ("model.depth=[1,1]", ["model.depth=.1, 1. has too few values; add the others\n$"]),
     ],
 )
@@ -260,6 +275,10 @@ def test_a_truncated_tar(refuse: Refuse, digits: Path, tmp_path: Path) -> None:
     [
         ("model.depth=3", ["other model settings: model.depth=3 \\(checkpoint: 2\\)"]),
         ("model.family=dit-moe", ["model.family=dit-moe \\(checkpoint: dit\\), model.moe={…} "]),
+        (
+            "parametrisation=mup model.mup.base_width=16",
+            ["other model settings: parametrisation, model.mup={…} \\(checkpoint: null\\)"],
+        ),
         ("data.global_batch=16", ["other data settings: data.global_batch=16 \\(checkpoint: 8\\)"]),
         ("seed=1", ["other data settings: seed=1 \\(checkpoint: 0\\)"]),
         ("data.path=OTHER", ["other data settings: data.path \\(SHA-256 of its index\\)="]),
@@ -269,7 +288,7 @@ def test_a_checkpoint_of_another_run_is_not_continued(
     override: str, parts: list[str], refuse: Refuse, trained: tuple[Path, Path], tmp_path: Path
 ) -> None:
     config, run = trained
-    words = [override]
+    words = override.split()
     if "OTHER" in override:
         encode("digits", tmp_path / "other", codec="haar2", limit=100)
         words = [f"data.path={tmp_path / 'other'}"]

@@ -12,10 +12,10 @@ from parallel import storage
 from pretrain import inspection, manifest
 from tests import ranks, tiny
 
-QUICK = [("udit-moe", 2, "fp32"), ("dit", 1, "bf16")]
+QUICK = [("udit-moe", 2, "fp32"), ("dit", 1, "bf16"), ("dit-moe+mup", 1, "fp32")]
 ALL = [
     (model, world, precision)
-    for model in ("dit", "udit", "udit-moe")
+    for model in ("dit", "udit", "udit-moe", "dit-moe+mup")
     for world in (1, 2)
     for precision in ("fp32", "bf16")
 ]

@@ -27,6 +27,7 @@ from tests import ranks, tiny
 from tests.parity import faults
 
 MODELS = ("dit", "udit", "dit-moe", "udit-moe")
+UNDER_MUP = ("dit-moe+mup", "udit-moe+mup")  # as two of these, with muP's starts, rates and scales
 BF16 = ("dit", "dit-moe")  # whose losses are compared in bf16 too
 LONGEST = 900.0  # seconds of a run: compiling a U-DiT takes minutes on a busy CPU
 LOSS, NORM, WEIGHTS = 2e-6, 1e-5, 1e-5  # largest relative difference from one process
@@ -133,7 +134,7 @@ class Runs:
         # why: in a tensor of few values one whose gradient nearly cancels shows at once, and Adam
         # gives it the step of all others; at width 16 a U-DiT has biases of 16.
         changes: dict[str, Any] = {"model__num_heads": 4, "model__width": 32}
-        if model == "dit-moe":
+        if model.startswith("dit-moe"):
             # why: the published batch-wise loss knows the micro-batch, and so the accumulation.
             changes |= {"model__moe__aux_image": 0.01, "model__moe__aux_batch": 0.0}
         return tiny.write(
@@ -227,7 +228,7 @@ def encoded(folder: Path) -> Path:
 def main() -> int:
     os.environ["WANDB_MODE"] = "disabled"
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--models", default=",".join(MODELS + UNDER_MUP))
     parser.add_argument("--layouts", default=",".join(BY_NAME))
     chosen = parser.parse_args()
     models, layouts = chosen.models.split(","), chosen.layouts.split(",")

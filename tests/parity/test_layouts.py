@@ -11,6 +11,7 @@ from tests.parity.table import (
     BY_NAME,
     LAYOUTS,
     MODELS,
+    UNDER_MUP,
     Layout,
     Runs,
     bf16_spread,
@@ -24,7 +25,11 @@ QUICK = {
     "udit": ("tp2",),
     "dit-moe": ("ep4", "ep2×tp2", "ordered dp2×tp2", "remat×ep2", "ZeRO-2×ep2"),
     "udit-moe": ("dp2×ep2×tp2", "accumulation 4"),
+    "dit-moe+mup": ("ZeRO-2×ep2",),
+    "udit-moe+mup": ("tp2",),
 }
+# Where the factors meet the cuts: other layouts only move what these cut.
+CUT = ("dp2", "tp2", "ep2", "ZeRO-2", "ZeRO-2×ep2", "ZeRO-3", "dp2×ep2×tp2")
 CELLS = [
     pytest.param(
         model,
@@ -32,8 +37,9 @@ CELLS = [
         marks=() if layout.name in QUICK[model] else pytest.mark.slow,
         id=f"{model}-{layout.name}",
     )
-    for model in MODELS
+    for model in MODELS + UNDER_MUP
     for layout in LAYOUTS
+    if model in MODELS or layout.name in CUT
 ]
 
 
