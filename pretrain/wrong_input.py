@@ -6,6 +6,7 @@ from pretrain.cluster.site import LinksError
 from pretrain.cluster.status import StatusError
 from pretrain.cluster.submit import SubmitError
 from pretrain.config import ConfigError
+from pretrain.coordinates import CoordinateError
 from pretrain.evaluate import EvaluationError
 from pretrain.layouts.rules import WeightsError
 from pretrain.manifest import CheckpointError
@@ -16,6 +17,7 @@ from pretrain.sampling import SamplingError
 
 INPUT_ERRORS = (
     ConfigError,
+    CoordinateError,
     LayoutError,
     DataError,
     DamagedError,

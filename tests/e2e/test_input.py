@@ -229,7 +229,7 @@ def test_what_is_typed_inside_the_experts(
     override: str, parts: list[str], refuse: Refuse, digits: Path, tmp_path: Path
 ) -> None:
     config = tiny.write(tmp_path, "udit-moe", digits)
-    one_message(refuse("train", config, override), *parts)
+    one_message(refuse("train", config, *override.split()), *parts)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ FAULTS = {
     "two experts swapped": ("dit-moe", "ep2"),
     "head order reversed": ("udit", "tp2"),
     "gradient of one rank dropped": ("dit", "dp2"),
+    "rates of one rank without muP": ("dit-moe+mup", "ep2"),
 }
 
 
@@ -23,6 +24,7 @@ def train(fault: str, *words: str) -> None:
             "two experts swapped": _swapped,
             "head order reversed": _reversed,
             "gradient of one rank dropped": _dropped,
+            "rates of one rank without muP": _equal_rates,
         }[fault]()
     ranks.pretrain(*words)
 
@@ -71,3 +73,10 @@ def _dropped() -> None:
         honest(self, loss * 0.0, last=last)
 
     fsdp.FSDP.backward = backward  # type: ignore[method-assign]
+
+
+def _equal_rates() -> None:
+    from pretrain import state
+
+    honest = state.factors
+    state.factors = lambda cfg: dict.fromkeys(honest(cfg), (1.0, 1.0))
