@@ -84,9 +84,25 @@ def test_with_published_frequencies_the_class_that_goes_along_is_exact(tmp_path:
     assert type(model).from_pretrained(tmp_path / "again").config.num_layers == cfg.model.depth
 
 
+def test_under_mup_the_last_weight_holds_the_readouts_scale(tmp_path: Path) -> None:
+    mup = {"base_width": 16, "output_mult": 3.0}
+    changes = {"parametrisation": "mup", "model__mup": mup, "model__sinusoid_shift": 1}
+    cfg, held = checkpoint(tmp_path, **changes)
+    export.export(held, "diffusers", out=tmp_path / "out")
+    model = DiTTransformer2DModel.from_pretrained(tmp_path / "out")
+    assert off(ours(cfg), theirs(model, cfg)) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
-    [({"model__qk_norm": True}, "model.qk_norm=true"), ({"model__mlp_ratio": 2.0}, "mlp_ratio=2")],
+    [
+        ({"model__qk_norm": True}, "model.qk_norm=true"),
+        ({"model__mlp_ratio": 2.0}, "mlp_ratio=2"),
+        (
+            {"parametrisation": "mup", "model__mup": {"base_width": 16, "base_depth": 1}},
+            "model.mup.base_depth",
+        ),
+    ],
 )
 def test_what_the_class_cannot_compute_is_refused(
     tmp_path: Path, changes: dict[str, Any], named: str

@@ -10,11 +10,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from parallel import storage
 from pretrain import cli, config, trained
+from pretrain.holding import Holding
 from pretrain.manifest import read_manifest
+from pretrain.models.build import build
+from pretrain.models.init import initialise
 from pretrain.weights import groups, open_weights
 from tests import published, ranks, stored, tiny
 
@@ -233,6 +236,45 @@ def test_our_own_names_tell_the_configuration_and_go_back_in(
         key: open_weights(Path("parts")).read(key) for key in open_weights(Path("parts")).shapes
     }
     same_bytes(load_file("two/model.safetensors"), sizes)
+
+
+def opened(place: Path) -> tuple[nn.Module, config.Config]:
+    """The model with the average that a checkpoint holds, and its configuration."""
+    held = Holding.of(place)
+    model = build(held.model)
+    initialise(model, 0)
+    stored_as = held.at("ema")
+    full = storage.read_alone(list(stored_as.values()), held.folder)
+    model.load_state_dict({name: full[key] for name, key in stored_as.items()})
+    return model.eval(), config.validate(held.manifest["config"])
+
+
+@pytest.mark.parametrize("names", ["own", "official"])
+def test_a_model_under_mup_comes_back_as_it_was(
+    names: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tiny.write(tmp_path, "udit+mup", tmp_path, model__in_channels=4)
+    cfg = config.load(path, [])
+    held = stored.write(tmp_path, cfg)
+    words = ("--to", "safetensors", "--names", names, "--out", "parts")
+    assert run("export", held, *words) == 0
+    back = ("import", "parts", "--family", "udit", "model.input_size=8")
+    assert run(*back, "--out", "back") == 0
+    again, settings = opened(Path("back"))
+    assert (settings.model, settings.parametrisation) == (cfg.model, "mup")
+    ours, theirs = again.state_dict(), opened(held)[0].state_dict()
+    for key, tensor in theirs.items():
+        torch.testing.assert_close(ours[key], tensor, rtol=1e-6, atol=0)
+    plain = (*back, "--out", "plain", "parametrisation=standard")
+    if names == "own":
+        assert "made with model.mup={'base_width': 8" in refusal(capsys, *plain)
+        return
+    assert run(*plain) == 0
+    other, settings = opened(Path("plain"))
+    assert settings.model.mup is None
+    inputs = (torch.randn(2, 4, 8, 8), torch.tensor([3.0, 900.0]), torch.tensor([1, 10]))
+    with torch.no_grad():
+        torch.testing.assert_close(other(*inputs), again(*inputs))
 
 
 def test_an_export_refuses_what_cannot_be(

@@ -34,6 +34,15 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
         published.udit_keys([1, 2, 1, 1, 1], 16, 2, 5),
     ),
 }
+# Under muP the last weight of a file holds what our model multiplies its input by, here 1/4.
+CASES |= {
+    f"{name}, muP": (
+        values | {"mup": {"base_width": values["width"] // 2, "output_mult": 0.5}},
+        keys,
+    )
+    for name, (values, keys) in CASES.items()
+    if name in ("dit", "udit")
+}
 
 
 def read(layout: Layout, state: published.State) -> published.State:
@@ -164,6 +173,10 @@ def test_another_position_table_is_refused() -> None:
         ),
         ({"family": "udit", "size": "S", "moe": {"experts": 4}}, "model.moe"),
         ({"family": "udit", "size": "S", "adaln_lora": 8}, "model.adaln_lora=8"),
+        (
+            {"family": "dit", "size": "S/2", "mup": {"base_width": 64, "base_depth": 2}},
+            "model.mup.base_depth",
+        ),
     ],
 )
 def test_settings_that_nobody_published_have_no_published_layout(

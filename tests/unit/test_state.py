@@ -33,6 +33,8 @@ def restarts(engine: EngineName, layout: dict[str, Any]) -> None:
     place = launch.Place.here()
     device = launch.join(place, threads=1, timeout=timedelta(seconds=60))
     shape = {"input_size": 8, "in_channels": 16, "num_classes": 10, "zero_init_std": 0.05}
+    # why: under muP, so that the starts are not those that the layers declare.
+    shape["mup"] = {"base_width": 8}
     cfg = config.part(UDiTConfig, tiny.MODELS["udit-moe"] | shape)
     cut = MeshConfig(**layout)
     backend = parallelize(
