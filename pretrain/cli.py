@@ -17,7 +17,7 @@ from pretrain import config
 from pretrain.cli_bench import bench
 from pretrain.cli_cluster import status, submit
 from pretrain.cli_data import data
-from pretrain.cli_tune import coord_check
+from pretrain.cli_tune import coord_check, tune
 from pretrain.manifest import write_whole
 from pretrain.showing import AsJson, show
 from pretrain.wrong_input import INPUT_ERRORS
@@ -25,7 +25,7 @@ from pretrain.wrong_input import INPUT_ERRORS
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(data, name="data")
 app.add_typer(bench, name="bench")
-for command in (submit, status, coord_check):
+for command in (submit, status, coord_check, tune):
     app.command()(command)
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")]

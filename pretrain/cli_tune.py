@@ -1,4 +1,4 @@
-"""`pretrain coord-check`: what is known of a family of widths before a rate is carried over."""
+"""`pretrain coord-check` and `tune`: before a rate is carried over to another width."""
 
 import json
 import sys
@@ -73,6 +73,89 @@ def coord_check(
     shown = found if as_json else brief | {"picture": str(folder / f"{stem}.png"), "slopes": slopes}
     show(shown, as_json)
     raise typer.Exit(0 if passes else 1)
+
+
+def tune(
+    path: ConfigPath,
+    param: Annotated[
+        list[str],
+        typer.Option("--param", help="optim.lr=log:2^-13..2^-7 | lin:0..1:5 | a,b,c; repeatable."),
+    ],
+    overrides: Overrides = None,
+    widths: Annotated[str, typer.Option(help="1x,2x,4x of the config's, or 24,48,96.")] = "1x",
+    seeds: Annotated[int, typer.Option(min=1, help="Of the best points.")] = 1,
+    best: Annotated[int, typer.Option(min=1, help="Points a width with further seeds.")] = 3,
+    random: Annotated[
+        int | None, typer.Option(min=1, help="So many draws, instead of the grid.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    budget: Annotated[int | None, typer.Option(min=1, help="Most trials in all.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Trials side by side.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Default: runs/tune_CONFIG.")] = None,
+    target: Annotated[
+        Path | None, typer.Option(help="Of the same family: writes TARGET_tuned.yaml.")
+    ] = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="As a job array, not here.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Search on proxies; the same command goes on. Exit code 1 if a trial is without a result."""
+    from pretrain import tune_target
+    from pretrain.cluster import trials
+    from pretrain.tune import Search, Sweep
+    from pretrain.tune_search import space
+
+    model = config.load(path, overrides or []).model
+    search = Search(
+        path=path,
+        overrides=tuple(overrides or []),
+        spaces=tuple(space(word, grid=random is None) for word in param),
+        widths=tuple(sorted(_of_widths(model, widths))),
+        out=out or Path("runs") / f"tune_{path.stem}",
+        seeds=seeds,
+        best=best,
+        random=random,
+        seed=seed,
+        budget=budget,
+    )
+    sweep = Sweep(search)
+    if target is not None:
+        tune_target.check(sweep, target)
+    if slurm and (pending := sweep.pending()):
+        words = {trial.name: trial.words for trial in pending}
+        print(trials.hand_over(path, search.overrides, words, search.out))
+        return
+    if not slurm and not trials.handed_over(search.out):
+        sweep.run(jobs, lambda trial: _say(sweep, trial))
+    _conclude(sweep, target, as_json)
+
+
+def _say(sweep: Any, trial: Any) -> None:
+    """A line on stderr for a trial that has ended; the results so far on the disk."""
+    from pretrain import tune_report
+
+    found, outcome = tune_report.save(sweep), sweep.outcome(trial)
+    told = f"{outcome.loss:.4f}" if outcome.loss is not None else outcome.reason
+    ended = sum(count for state, count in found["counts"].items() if state != "unfinished")
+    line = f"{ended}/{len(found['trials'])} {trial.name}: {outcome.state}, {told}"
+    print(line, file=sys.stderr, flush=True)
+
+
+def _conclude(sweep: Any, target: Path | None, as_json: bool) -> None:
+    """Writes and shows what is known; exit code 1 unless every trial has a result."""
+    from pretrain import tune_report, tune_target
+    from pretrain.cluster import trials
+
+    found, out = tune_report.save(sweep), sweep.search.out
+    tune_report.draw(out / tune_report.PICTURE, sweep)
+    written = {"picture": str(out / tune_report.PICTURE)}
+    written["results"] = str(out / tune_report.RESULTS)
+    if target is not None and found["complete"]:
+        written["tuned"] = str(tune_target.write(sweep, target, found, sys.argv[1:]))
+    show(written | (found if as_json else tune_report.brief(found)), as_json)
+    if not found["complete"]:
+        slurms = f"; {out / trials.POINTS} leaves them to Slurm" if trials.handed_over(out) else ""
+        print(f"not all trials have a result, the same command goes on{slurms}", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 def _of_widths(model: Any, text: str) -> dict[int, Any]:

@@ -36,6 +36,7 @@ from pretrain.objectives import DDPM, ObjectiveConfig
 from pretrain.optim import OptimConfig
 from pretrain.parallelize import EngineName
 from pretrain.preview import PreviewConfig
+from pretrain.provenance import TuningConfig
 from pretrain.schedules import ScheduleConfig
 
 T = TypeVar("T", bound=BaseModel)
@@ -72,6 +73,7 @@ class Config(BaseModel):
     clip: PositiveFloat | None = 1.0  # largest gradient norm; null: no clipping
     threads: PositiveInt | None = None  # CPU threads a rank; null: its share of the cores
     timeout: PositiveInt = 600  # seconds a collective may take
+    tuning: TuningConfig | None = None  # where `pretrain tune` has values from
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "Config":

@@ -55,11 +55,14 @@ def of(cfg: Config, gpus: int, device: str, links: Path | None = None) -> dict[s
         )
     one = counted(cfg, gpus)
     sizes = one.layout.sizes
-    values = asdict(one.plan)
+    values: dict[str, Any] = asdict(one.plan)
     values["built"] = built(cfg, sizes)
     values["ranks"] = sizes.world
     values["micro_batch"] = one.layout.micro_batch
     values["flops_run"] = one.flops * cfg.data.global_batch * cfg.steps
+    if cfg.tuning is not None:
+        values["flops_tuning"] = cfg.tuning.flops
+        values["tuning_share"] = cfg.tuning.flops / values["flops_run"] if cfg.steps else None
     values["device"] = device
     if device in MEMORY:
         away = sum(values["built"].values()) if cfg.mesh.offload else 0  # in CPU memory

@@ -62,6 +62,8 @@ def space(word: str, *, grid: bool = True) -> Space:
     if not low < high:
         raise TuneError(f"--param {word}: the range begins at {low:g} and must end above it")
     count = None if match[4] is None else _count(match[4], word)
+    if count is not None and not grid:
+        raise TuneError(f"--param {word}: --random draws from the whole range; leave :{count} out")
     if match[1] == "lin":
         values = _linear(low, high, count, word, grid=grid)
         return Space(key, text, "lin", values, (low, high))
@@ -153,6 +155,11 @@ def name(width: int, spaces: Sequence[Space], point: Point, seed: int) -> str:
     return re.sub(r"[^A-Za-z0-9_.+-]", "_", text)
 
 
+def loss_of(score: float | None) -> float:
+    """A score to compare by: none is that of a trial which diverged."""
+    return math.inf if score is None else score
+
+
 def mean(losses: Iterable[float]) -> float:
     """inf if one seed diverged."""
     found = list(losses)
@@ -178,7 +185,8 @@ def verdict(spaces: Sequence[Space], by_width: Mapping[int, Losses], *, gridded:
     for width, point in firsts.items():
         own = by_width[width][point] if point is not None else []
         row: dict[str, Any] = {"width": width}
-        row |= {one.key: point and point[i] for i, one in enumerate(spaces)}
+        keys = [one.key for one in spaces]
+        row["values"] = dict(zip(keys, point, strict=True)) if point is not None else None
         row |= {"loss": mean(own) if own else None, "seeds": len(own)}
         row |= {"spread": max(own) - min(own) if len(own) > 1 else None}
         rows.append(row | {"at_edge": _edges(spaces, point) if gridded and point else []})

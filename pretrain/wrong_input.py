@@ -14,6 +14,7 @@ from pretrain.metrics import LogError
 from pretrain.models.mup import MupError
 from pretrain.run import RunError
 from pretrain.sampling import SamplingError
+from pretrain.tune_search import TuneError
 
 INPUT_ERRORS = (
     ConfigError,
@@ -31,4 +32,5 @@ INPUT_ERRORS = (
     LinksError,
     StatusError,
     SubmitError,
+    TuneError,
 )

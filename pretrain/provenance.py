@@ -1,0 +1,21 @@
+"""Where values of a configuration come from. No effect on training, and none on what resumes."""
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
+
+
+class TuningConfig(BaseModel):
+    """A search on proxies: written by `pretrain tune`, its cost read by `pretrain plan`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    proxy: str  # configuration that was trained
+    sweep: str  # directory of the trials
+    parameters: dict[str, str]  # what was searched, by key
+    values: dict[str, int | float | str]  # the best of the widest proxy, as set here
+    widths: tuple[PositiveInt, ...]  # of the proxies
+    seeds: PositiveInt  # of the best points
+    trials: PositiveInt
+    diverged: NonNegativeInt  # of these
+    flops: NonNegativeInt  # of all trials, counted as those of a run are
+    date: str
+    commit: str | None  # null: not known

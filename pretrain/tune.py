@@ -1,0 +1,369 @@
+"""`pretrain tune`: a search on proxies, each trial an ordinary run in a process of its own.
+
+What was done is read from the run directories, so the same command goes on where it was ended.
+Noise, timesteps and the order of data are functions of (seed, step, slot): trials of one seed see
+the same samples under the same noise, and their losses can be compared after few steps. Not here:
+ranges and verdicts (`tune_search`), and what is shown and written of them (`tune_report`).
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal, Protocol
+
+import torch
+
+from parallel import launch
+from pretrain import config, preflight
+from pretrain.cluster.blame import TRACEBACK, first_words
+from pretrain.metrics import METRICS
+from pretrain.models.mup import at_width
+from pretrain.timeline import objects
+from pretrain.tune_search import Point, Space, TuneError, drawn, grid, loss_of, name, ranked
+
+# What a trial has otherwise than its configuration: every loss is logged, and no more is kept than
+# a resume needs.
+LEAN = ("log.every=1", "sample.every=0", "checkpoint.keep=1", "checkpoint.keep_every=null")
+# What a sweep sets by itself, and what may differ between two calls of one trial.
+OWN = ("run_dir", "seed", "threads", "parametrisation", "model.size", "model.width")
+OWN += ("model.num_heads", "model.head_dim")
+FREE = ("run_dir", "threads", "timeout", "log", "sample", "checkpoint", "tuning")
+LAST = 5  # a fifth of the steps makes the score
+SCORE = "mean of the logged training loss over the last fifth of the steps; trials of one seed see "
+SCORE += "the same samples, noise and timesteps"
+GAVE_UP = re.compile(r"NoWayBackError: (.*)")
+POLL = 0.05  # seconds
+
+
+class Process(Protocol):
+    """A trial that was started."""
+
+    def poll(self) -> int | None: ...
+    def send_signal(self, sig: int, /) -> None: ...
+
+
+# Words of the command line, environment, file for the output.
+Begin = Callable[[Sequence[str], Mapping[str, str], Path], Process]
+
+
+def begin(words: Sequence[str], env: Mapping[str, str], log: Path) -> Process:
+    """`pretrain` with these words as a process; it ends with this one."""
+    with log.open("wb") as file:
+        # why: a session of its own keeps a terminal's ^C from reaching a trial twice.
+        return subprocess.Popen(
+            [sys.executable, "-m", "pretrain", *words],
+            env=dict(env),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+@dataclass(frozen=True)
+class Search:
+    """What was asked for."""
+
+    path: Path
+    overrides: tuple[str, ...]
+    spaces: tuple[Space, ...]
+    widths: tuple[int, ...]
+    out: Path
+    seeds: int = 1
+    best: int = 3  # points of a width that get the further seeds
+    random: int | None = None  # draws; null: the grid
+    seed: int = 0  # of the draws
+    budget: int | None = None  # trials in all
+
+
+@dataclass(frozen=True)
+class Trial:
+    name: str
+    width: int
+    point: Point
+    seed: int
+    words: tuple[str, ...]  # key=value, beside the search's own overrides
+    cfg: config.Config
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.cfg.run_dir)
+
+    @property
+    def log(self) -> Path:
+        """What it said when it was started from here; Slurm's logs lie beside it."""
+        return self.folder / "logs" / "tune.log"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a trial."""
+
+    state: Literal["done", "diverged", "failed", "unfinished"]
+    reason: str | None = None
+    loss: float | None = None  # the score; null unless done
+    first_loss: float | None = None  # of step 1
+    steps: int = 0  # that were made
+    seconds: float = 0.0  # that these took
+
+    @property
+    def is_result(self) -> bool:
+        return self.state in ("done", "diverged")
+
+
+class Sweep:
+    """The trials of a search, and what is known of them."""
+
+    def __init__(self, search: Search) -> None:
+        """Raises TuneError, ConfigError or MupError for a search that cannot be made, or for a
+        trial that was begun with other settings."""
+        self.search = search
+        self.base = config.load(search.path, list(search.overrides))
+        if self.base.steps < LAST:
+            raise TuneError(f"steps={self.base.steps}: a trial needs at least {LAST}; set steps")
+        for key, times in Counter(one.key for one in search.spaces).items():
+            if key in OWN or times > 1:
+                why = "is no parameter of a search" if key in OWN else "is there twice"
+                raise TuneError(f"--param {key} {why}; leave it out")
+        points = _points(search)
+        self._room = len(points) * len(search.widths) * search.seeds
+        if search.budget is not None:
+            self._room = search.budget
+            points = points[: search.budget // len(search.widths)]
+            if not points:
+                raise TuneError(
+                    f"--budget {search.budget} does not pay for one point at {len(search.widths)} "
+                    f"widths; give at least {len(search.widths)}"
+                )
+        self._known: dict[tuple[int, Point, int], Trial] = {}
+        self._results: dict[str, Outcome] = {}
+        self._failed: dict[str, str] = {}  # why, by name
+        firsts = [(width, point, 0) for point in points for width in search.widths]
+        self._firsts = self._made(firsts)
+
+    def trials(self) -> list[Trial]:
+        """All that are wanted, as far as that is known: those of the first seed and, at widths
+        where these have ended, the further seeds of the best points."""
+        search, further = self.search, []
+        for width in search.widths if search.seeds > 1 else ():
+            own = {t.point: self.outcome(t) for t in self._firsts if t.width == width}
+            if all(outcome.is_result for outcome in own.values()):
+                losses = {point: [loss_of(o.loss)] for point, o in own.items()}
+                best = ranked(losses)[: search.best]
+                further += [(width, p, index) for p in best for index in range(1, search.seeds)]
+        return self._firsts + self._made(further[: self._room - len(self._firsts)])
+
+    def outcome(self, trial: Trial) -> Outcome:
+        if trial.name in self._results:
+            return self._results[trial.name]
+        found = outcome_of(trial.folder, trial.cfg.steps)
+        if found.is_result:
+            self._results[trial.name] = found
+        elif trial.name in self._failed:
+            return replace(found, state="failed", reason=self._failed[trial.name])
+        return found
+
+    def pending(self) -> list[Trial]:
+        """Trials without a result that have not failed in this life of the sweep."""
+        return [
+            trial
+            for trial in self.trials()
+            if trial.name not in self._failed and not self.outcome(trial).is_result
+        ]
+
+    def losses(self) -> dict[int, dict[Point, list[float]]]:
+        """Scores by width, point and seed; inf: diverged."""
+        found: dict[int, dict[Point, list[float]]] = {width: {} for width in self.search.widths}
+        for trial in self.trials():
+            outcome = self.outcome(trial)
+            if outcome.is_result:
+                found[trial.width].setdefault(trial.point, []).append(loss_of(outcome.loss))
+        return found
+
+    def run(self, jobs: int, say: Callable[[Trial], None], start: Begin = begin) -> bool:
+        """Trains what is pending, `jobs` trials side by side; whether it came to its end.
+
+        False: it was asked to stop, by SIGTERM or SIGINT, which the trials were told: they save,
+        and the next call goes on with them. say: hears of each trial that has ended. Raises what
+        preflight raises, before the first trial.
+        """
+        checked: set[int] = set()
+        while waiting := self.pending():
+            for trial in waiting:
+                if trial.width not in checked:
+                    preflight.preflight(trial.cfg, 1)
+                checked.add(trial.width)
+            if not self._side_by_side(waiting, jobs, say, start):
+                return False
+        return True
+
+    def _side_by_side(
+        self, trials: Sequence[Trial], jobs: int, say: Callable[[Trial], None], start: Begin
+    ) -> bool:
+        waiting, running, asked = deque(trials), dict[int, tuple[Trial, Process]](), list[int]()
+
+        def stop(number: int, _frame: object) -> None:
+            asked.append(number)
+            for _, process in running.values():
+                process.send_signal(signal.SIGTERM)
+
+        before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            with tempfile.TemporaryDirectory(prefix="pretrain-") as meeting:
+                while running or (waiting and not asked):
+                    for slot in range(jobs):
+                        if slot not in running and waiting and not asked:
+                            trial = waiting.popleft()
+                            trial.log.parent.mkdir(parents=True, exist_ok=True)
+                            env = _alone(slot, Path(meeting) / trial.name)
+                            running[slot] = trial, start(self._words(trial, jobs), env, trial.log)
+                    for slot, (trial, process) in list(running.items()):
+                        code = process.poll()
+                        if code is not None:
+                            del running[slot]
+                            self._note(trial, code, stopping=bool(asked))
+                            say(trial)
+                    time.sleep(POLL)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            for _, process in running.values():
+                process.send_signal(signal.SIGKILL)
+        return not asked
+
+    def _words(self, trial: Trial, jobs: int) -> list[str]:
+        words = ["train", str(self.search.path), *self.search.overrides, *trial.words]
+        words.append(f"run_dir={trial.folder}")
+        if trial.cfg.threads is None:
+            words.append(f"threads={max(1, launch.default_threads(launch.Place.here()) // jobs)}")
+        return words
+
+    def _note(self, trial: Trial, code: int, *, stopping: bool) -> None:
+        found = outcome_of(trial.folder, trial.cfg.steps)
+        if found.is_result or stopping:
+            return
+        words = first_words([trial.log])
+        if code < 0:
+            why = f"was ended by {signal.Signals(-code).name}"
+        elif code == 0:
+            why = f"was asked to stop, at step {found.steps}"
+        else:
+            why = words[0].removeprefix("pretrain: ") if words else f"exit code {code}"
+        self._failed[trial.name] = f"{why} ({trial.log})"
+
+    def _made(self, wanted: Sequence[tuple[int, Point, int]]) -> list[Trial]:
+        """Of width, point and index of the seed."""
+        for one in wanted:
+            if one not in self._known:
+                self._known[one] = self._trial(*one)
+        trials = [self._known[one] for one in wanted]
+        for label, times in Counter(trial.name for trial in trials).items():
+            if times > 1:
+                raise TuneError(
+                    f"two trials are called {label}: names hold six digits of a value; take values "
+                    "that differ in these"
+                )
+        return trials
+
+    def _trial(self, width: int, point: Point, index: int) -> Trial:
+        search, seed = self.search, self.base.seed + index
+        label = name(width, search.spaces, point, seed)
+        model = at_width(self.base.model, width)
+        words = [f"model.width={width}"]
+        if model.num_heads is not None:
+            words.append(f"model.num_heads={model.num_heads}")
+        words += [f"{one.key}={v}" for one, v in zip(search.spaces, point, strict=True)]
+        words += [f"seed={seed}", *LEAN]
+        place = f"run_dir={search.out / label}"
+        cfg = config.load(search.path, [*search.overrides, *words, place])
+        assert cfg.model.heads() == model.heads(), f"{words} make {cfg.model.heads()}"
+        _refuse_another(cfg)
+        return Trial(label, width, point, seed, tuple(words), cfg)
+
+
+def _alone(slot: int, store: Path) -> dict[str, str]:
+    """Environment of a trial that is a world of its own; trials side by side share out the GPUs."""
+    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    env = os.environ | place | {launch.STORE: str(store)}
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+        env["CUDA_VISIBLE_DEVICES"] = seen.split(",")[slot % count]
+    return env
+
+
+def outcome_of(folder: Path, steps: int) -> Outcome:
+    """What a run directory says of a trial of so many steps."""
+    records = objects(folder / METRICS)
+    losses = {int(record["step"]): record.get("loss") for record in records}
+    seconds = sum(record.get("step_time") or 0.0 for record in records)
+    made = max(losses, default=0)
+    found = Outcome("unfinished", None, None, losses.get(1), made, seconds)
+    done = folder / "done"
+    if not (done.is_file() and done.read_text().strip() == str(steps)):
+        why = _gave_up(folder, losses.get(made, 0.0))
+        return replace(found, state="diverged", reason=why) if why else found
+    last = {step: loss for step, loss in losses.items() if step > steps - steps // LAST}
+    bad = [step for step, loss in last.items() if loss is None]
+    if found.first_loss is None or bad:
+        where = bad[0] if bad else 1
+        return replace(found, state="diverged", reason=f"the loss of step {where} is not finite")
+    score = fmean(loss for loss in last.values() if loss is not None)
+    if score > found.first_loss:
+        why = f"the loss at the end, {score:.4g}, is above {found.first_loss:.4g}, that of step 1"
+        return replace(found, state="diverged", reason=why)
+    return replace(found, state="done", loss=score)
+
+
+def _gave_up(folder: Path, last_loss: float | None) -> str | None:
+    """Why a run that has not reached its end never will: the guard found no way back, or the
+    program failed over numbers that are not finite. None: it may go on."""
+    for log in sorted((folder / "logs").rglob("*.log")):
+        text = log.read_text(errors="replace")
+        if match := GAVE_UP.search(text):
+            return match[1]
+        if last_loss is None and TRACEBACK in text:
+            words = first_words([log])
+            return f"the loss is not finite, then {words[0] if words else 'a failure'}"
+    return None
+
+
+def _points(search: Search) -> list[Point]:
+    if search.random is None:
+        return grid(search.spaces)
+    return drawn(search.spaces, search.random, search.seed)
+
+
+def _refuse_another(cfg: config.Config) -> None:
+    """Raises TuneError if there is a run of other settings in this place."""
+    begun = Path(cfg.run_dir) / "config.yaml"
+    if not begun.is_file():
+        return
+    theirs, ours = (_flat(one.model_dump(mode="json")) for one in (config.load(begun, []), cfg))
+    changed = [key for key in sorted(theirs | ours) if theirs.get(key) != ours.get(key)]
+    if changed:
+        key = changed[0]
+        more = f" ({len(changed) - 1} more settings differ)" if len(changed) > 1 else ""
+        raise TuneError(
+            f"{begun.parent} was begun with {key}={theirs.get(key)}, not {ours.get(key)}{more}; "
+            "restore that, or give another --out"
+        )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Leaves by dotted key, without what may differ."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if not prefix and key in FREE:
+            continue
+        inner = isinstance(value, dict)
+        found |= _flat(value, f"{prefix}{key}.") if inner else {prefix + key: value}
+    return found
