@@ -344,6 +344,33 @@ def test_a_width_between_the_heads_is_refused(name: str, width: int, said: str) 
     assert said in str(caught.value)
 
 
+PROXIES = {
+    "proxy_dit": ("dit_xl2_in256", 288, ["model.width=144"]),
+    "proxy_udit": ("udit_l_in256", 96, ["model.width=48", "model.num_heads=2"]),
+    "proxy_udit_moe": ("udit_xl_moe", 128, ["model.width=256"]),
+}
+# What a proxy's file has otherwise: it is shorter, on fewer devices, and its rate is to be found.
+OTHERWISE = {"model", "parametrisation", "run_dir", "steps", "optim", "schedule", "accum", "remat"}
+OTHERWISE |= {"mesh"}
+
+
+@pytest.mark.parametrize("proxy", PROXIES)
+def test_a_shipped_proxy_is_its_flagship_at_another_width(proxy: str) -> None:
+    target, base, other_width = PROXIES[proxy]
+    small, narrow = (config.load(f"configs/{proxy}.yaml", words) for words in ([], other_width))
+    switch = ["parametrisation=mup", f"model.mup.base_width={base}"]
+    large = config.load(f"configs/{target}.yaml", switch)
+    assert small.model.width == base
+    for one in (small, narrow):
+        check_family(one.model, large.model)
+    ours, theirs = (cfg.model_dump(exclude=OTHERWISE) for cfg in (small, large))
+    assert ours == theirs
+    assert small.optim == large.optim.model_copy(update={"lr": small.optim.lr})
+    assert type(small.schedule) is type(large.schedule)
+    plain = config.load(f"configs/{target}.yaml", [])
+    assert config.load(f"configs/{target}.yaml", [switch[1]]) == plain  # standard drops it
+
+
 def test_experts_of_fixed_size_are_no_family() -> None:
     cfg = read(TREES["dit-moe"] | SHAPE | {"moe": {"experts": 4, "hidden": 8}})
     with pytest.raises(MupError, match="model.moe.hidden=8 stays .* set model.moe.hidden_ratio"):
