@@ -95,7 +95,10 @@ class DiTShape(LatentConfig):
 
     @property
     def residual_scale(self) -> float:
-        """Multiplies what attention and feed-forward add to the tokens."""
+        """Multiplies what attention and feed-forward add to the tokens.
+
+        Source: Dey et al., CompleteP, alpha 1.
+        """
         base = self.mup.base_depth if self.mup else None
         return 1.0 if base is None else base / self.depth
 
