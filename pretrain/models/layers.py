@@ -311,7 +311,7 @@ class PatchEmbed(Linear):
 class PatchHead(nn.Module):
     """Tokens back to an image. (B, N, D) -> (B, C, H, W); a patch is (row, column, channel)."""
 
-    def __init__(self, width: int, patch: int, channels: int, scale: float) -> None:
+    def __init__(self, width: int, patch: int, channels: int, scale: float = 1.0) -> None:
         """scale: multiplies what the linear reads."""
         super().__init__()
         self.patch, self.channels, self.scale = patch, channels, scale
