@@ -134,7 +134,7 @@ def _say(sweep: Any, trial: Any) -> None:
     from pretrain import tune_report
 
     found, outcome = tune_report.save(sweep), sweep.outcome(trial)
-    told = f"{outcome.loss:.4f}" if outcome.loss is not None else outcome.reason
+    told = f"{outcome.loss:.4f}" if outcome.loss is not None else outcome.reason or "goes on later"
     ended = sum(count for state, count in found["counts"].items() if state != "unfinished")
     line = f"{ended}/{len(found['trials'])} {trial.name}: {outcome.state}, {told}"
     print(line, file=sys.stderr, flush=True)
@@ -147,11 +147,11 @@ def _conclude(sweep: Any, target: Path | None, as_json: bool) -> None:
 
     found, out = tune_report.save(sweep), sweep.search.out
     tune_report.draw(out / tune_report.PICTURE, sweep)
-    written = {"picture": str(out / tune_report.PICTURE)}
-    written["results"] = str(out / tune_report.RESULTS)
+    written = [out / tune_report.RESULTS, out / tune_report.PICTURE]
     if target is not None and found["complete"]:
-        written["tuned"] = str(tune_target.write(sweep, target, found, sys.argv[1:]))
-    show(written | (found if as_json else tune_report.brief(found)), as_json)
+        written.append(tune_target.write(sweep, target, found, sys.argv[1:]))
+    show(found if as_json else tune_report.brief(found), as_json)
+    print(*written, sep="\n", file=sys.stderr)
     if not found["complete"]:
         slurms = f"; {out / trials.POINTS} leaves them to Slurm" if trials.handed_over(out) else ""
         print(f"not all trials have a result, the same command goes on{slurms}", file=sys.stderr)

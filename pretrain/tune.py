@@ -38,8 +38,10 @@ OWN = ("run_dir", "seed", "threads", "parametrisation", "model.size", "model.wid
 OWN += ("model.num_heads", "model.head_dim")
 FREE = ("run_dir", "threads", "timeout", "log", "sample", "checkpoint", "tuning")
 LAST = 5  # a fifth of the steps makes the score
-SCORE = "mean of the logged training loss over the last fifth of the steps; trials of one seed see "
-SCORE += "the same samples, noise and timesteps"
+SCORE = (
+    "mean training loss of the last fifth of the steps; trials of one seed see the same samples "
+)
+SCORE += "under the same noise"
 GAVE_UP = re.compile(r"NoWayBackError: (.*)")
 POLL = 0.05  # seconds
 
@@ -134,10 +136,13 @@ class Sweep:
                 why = "is no parameter of a search" if key in OWN else "is there twice"
                 raise TuneError(f"--param {key} {why}; leave it out")
         points = _points(search)
+        self.beyond_budget = 0  # trials of the first seed
         self._room = len(points) * len(search.widths) * search.seeds
         if search.budget is not None:
             self._room = search.budget
-            points = points[: search.budget // len(search.widths)]
+            affordable = search.budget // len(search.widths)
+            self.beyond_budget = max(0, len(points) - affordable) * len(search.widths)
+            points = points[:affordable]
             if not points:
                 raise TuneError(
                     f"--budget {search.budget} does not pay for one point at {len(search.widths)} "

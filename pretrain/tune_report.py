@@ -16,6 +16,7 @@ from pretrain.tune import SCORE, Outcome, Sweep, Trial
 from pretrain.tune_search import Losses, Point, Space, mean, verdict
 
 RESULTS, PICTURE = "tune.json", "tune.png"
+FAR = 4  # times the lowest loss, from which on the picture's scale is logarithmic
 _OF_BEST = ("loss", "seeds", "spread", "at_edge")
 
 
@@ -37,6 +38,7 @@ def results(sweep: Sweep) -> dict[str, Any]:
         "random": search.random,
         "seed": search.seed,
         "budget": search.budget,
+        "beyond_budget": sweep.beyond_budget,
         "parametrisation": sweep.base.parametrisation,
     }
     return {
@@ -65,11 +67,12 @@ def save(sweep: Sweep) -> dict[str, Any]:
 
 def brief(found: dict[str, Any]) -> dict[str, Any]:
     """What people want to see of it first; trials without a loss by name."""
-    words = ("parametrisation", "widths", "seeds", "counts", "flops", "seconds", "complete")
+    words = ("parametrisation", "widths", "seeds", "score", "counts", "beyond_budget", "flops")
+    words += ("seconds", "complete")
     shown = {word: found[word] for word in words} | {"verdict": dict(found["verdict"])}
     best = []
     for row in shown["verdict"].pop("best"):
-        values = row["values"] or dict.fromkeys(found["parameters"], "none: all diverged")
+        values = row["values"] or dict.fromkeys(found["parameters"])
         best.append({"width": row["width"], **values} | {k: row[k] for k in _OF_BEST})
     failed = [
         {word: row[word] for word in ("name", "state", "reason")}
@@ -165,14 +168,16 @@ def draw(path: Path, sweep: Sweep) -> None:
                 panel.plot(*zip(*finite, strict=True) if finite else ((), ()), color=style)
             panel.plot(*zip(*dots, strict=True) if dots else ((), ()), ".", color=style)
             # why: where there is no loss, the height of a mark says nothing; widths lie beside it.
-            above = [1.0 - 0.03 * color] * len(lost)
+            above = [0.97 - 0.03 * color] * len(lost)
             panel.plot(lost, above, "x", color=style, transform=panel.get_xaxis_transform())
             panel.plot([], [], ".-", color=style, label=f"width {width}")
         if numeric and one.kind != "lin" and all(float(word) > 0 for word in words):
             panel.set_xscale("log", base=2)
         elif not numeric:
             panel.set_xticks(range(len(words)), words)
-        panel.set_yscale("log")
+        low, high = panel.get_ylim()
+        if low > 0 and high > FAR * low:
+            panel.set_yscale("log")
         panel.set_xlabel(one.key)
     panels[0].set_ylabel("loss over the last fifth of the steps")
     panels[-1].legend()

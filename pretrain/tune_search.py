@@ -175,9 +175,9 @@ def ranked(losses: Losses) -> list[Point]:
 def verdict(spaces: Sequence[Space], by_width: Mapping[int, Losses], *, gridded: bool) -> Any:
     """The best point of each width, and for one numeric parameter whether it transfers.
 
-    moves: grid steps between the best values of the narrowest and the widest model; transfers: at
-    most one; wider_is_better: at the narrowest's best value each wider model has a lower loss,
-    over the seeds that all have there; null where that cannot be said.
+    factor: the best value of the widest model ÷ that of the narrowest; moves: grid steps between
+    them; transfers: at most one; wider_is_better: at the narrowest's best value each wider model
+    has a lower loss, over the seeds that all have there. null where that cannot be said.
     """
     widths = sorted(by_width)
     firsts = {width: next(iter(ranked(by_width[width])), None) for width in widths}
@@ -190,7 +190,7 @@ def verdict(spaces: Sequence[Space], by_width: Mapping[int, Losses], *, gridded:
         row |= {"loss": mean(own) if own else None, "seeds": len(own)}
         row |= {"spread": max(own) - min(own) if len(own) > 1 else None}
         rows.append(row | {"at_edge": _edges(spaces, point) if gridded and point else []})
-    found = {"best": rows, "moves": None, "transfers": None}
+    found: dict[str, Any] = {"best": rows, "factor": None, "moves": None, "transfers": None}
     found |= {"transferred": None, "losses_there": None, "wider_is_better": None}
     first, last = firsts[widths[0]], firsts[widths[-1]]
     if len(widths) < 2 or len(spaces) > 1 or first is None:
@@ -198,22 +198,25 @@ def verdict(spaces: Sequence[Space], by_width: Mapping[int, Losses], *, gridded:
     there = {width: list(by_width[width].get(first, [])) for width in widths}
     common = min(map(len, there.values()))
     if common:
-        losses = {width: mean(own[:common]) for width, own in there.items()}
+        losses = {str(width): mean(own[:common]) for width, own in there.items()}
         order = list(losses.values())
         found |= {"transferred": first[0], "losses_there": losses}
         found["wider_is_better"] = all(a > b for a, b in zip(order, order[1:], strict=False))
-    values = spaces[0].values
-    if last is not None and gridded and not any(isinstance(value, str) for value in values):
-        steps = sorted(values)
+    if last is None or isinstance(first[0], str) or isinstance(last[0], str):
+        return found
+    found["factor"] = last[0] / first[0] if first[0] else None
+    if gridded and not any(isinstance(value, str) for value in spaces[0].values):
+        steps = sorted(spaces[0].values)
         moves = abs(steps.index(last[0]) - steps.index(first[0]))
         found |= {"moves": moves, "transfers": moves <= 1}
     return found
 
 
 def _edges(spaces: Sequence[Space], point: Point) -> list[str]:
-    """Keys whose best value is the first or last of its range: the true one may lie outside."""
-    return [
-        one.key
+    """Keys whose best value is the first or last that was tried: the true one may lie outside."""
+    numeric = [
+        (one, value)
         for one, value in zip(spaces, point, strict=True)
-        if one.kind != "list" and value in (one.values[0], one.values[-1])
+        if len(one.values) > 1 and not any(isinstance(other, str) for other in one.values)
     ]
+    return [one.key for one, v in numeric if v in (min(one.values), max(one.values))]

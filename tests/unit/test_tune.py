@@ -113,6 +113,7 @@ def test_a_best_value_transfers_if_it_moves_by_a_step_at_most() -> None:
     found = judged({24: narrow, 96: wide})
     assert (found["moves"], found["transfers"], found["wider_is_better"]) == (1, True, True)
     assert (found["transferred"], found["losses_there"]) == (2, {"24": 4.0, "96": 3.5})
+    assert found["factor"] == 0.5
     assert [row["values"] for row in found["best"]] == [{"optim.lr": 2}, {"optim.lr": 1}]
     assert [row["at_edge"] for row in found["best"]] == [[], ["optim.lr"]]
     far = judged({24: {4: [1.0], 1: [2.0]}, 48: narrow, 96: {1: [0.5], 4: [math.inf]}})
@@ -274,6 +275,7 @@ def test_a_trial_that_fails_is_repeated_and_the_rest_goes_on(tmp_path: Path, dig
 
 def test_a_budget_is_of_all_trials_and_spends_whole_points(tmp_path: Path, digits: Path) -> None:
     sweep = Sweep(searched(tmp_path, digits, budget=7, seeds=9))
+    assert sweep.beyond_budget == 2
     started = run(sweep, bowl)
     assert len(started) == 7
     assert len([word for word in started if word.endswith("-s0")]) == 6
