@@ -27,6 +27,7 @@ from pretrain import config, preflight
 from pretrain.cluster.blame import TRACEBACK, first_words
 from pretrain.metrics import METRICS
 from pretrain.models.mup import at_width
+from pretrain.run import check_place
 from pretrain.timeline import objects
 from pretrain.tune_search import Point, Space, TuneError, drawn, grid, loss_of, name, ranked
 
@@ -125,10 +126,11 @@ class Sweep:
     """The trials of a search, and what is known of them."""
 
     def __init__(self, search: Search) -> None:
-        """Raises TuneError, ConfigError or MupError for a search that cannot be made, or for a
-        trial that was begun with other settings."""
+        """Raises TuneError, ConfigError, RunError or MupError for a search that cannot be made, or
+        for a trial that was begun with other settings."""
         self.search = search
         self.base = config.load(search.path, list(search.overrides))
+        check_place(search.out)
         if self.base.steps < LAST:
             raise TuneError(f"steps={self.base.steps}: a trial needs at least {LAST}; set steps")
         for key, times in Counter(one.key for one in search.spaces).items():

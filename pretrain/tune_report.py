@@ -90,6 +90,7 @@ def _row(
     if outcome.steps and cfg.model not in counted:
         counted[cfg.model] = flops_per_image(cfg.model)
     images = cfg.data.global_batch * outcome.steps
+    facts = trial.folder / "environment.json"
     return {
         "name": trial.name,
         "width": trial.width,
@@ -103,6 +104,7 @@ def _row(
         "seconds": outcome.seconds,
         "flops": counted[cfg.model] * images if outcome.steps else 0,
         "run_dir": str(trial.folder),
+        "commit": json.loads(facts.read_text())["commit"] if facts.is_file() else None,
     }
 
 

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
+from data_pipeline.errors import DataError
 from pretrain import cli, config, planned, preflight, tune_report, tune_target
 from pretrain.cluster import sweep as collecting
 from pretrain.cluster import trials
 from pretrain.config import ConfigError
 from pretrain.models.mup import MupError
+from pretrain.run import RunError
 from pretrain.tune import Outcome, Search, Sweep, outcome_of
 from pretrain.tune_search import TuneError, drawn, grid, name, ranked, space, verdict
 from tests import tiny
@@ -325,6 +327,18 @@ def test_a_search_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
         refused("optim.lr=1,2", widths=(24,))
     with pytest.raises(TuneError, match="at least 5"):
         refused("optim.lr=1,2", overrides=("steps=4",))
+
+
+def test_missing_data_is_refused_before_any_trial(tmp_path: Path) -> None:
+    def start(words: Sequence[str], env: Mapping[str, str], log: Path) -> Ended:
+        raise AssertionError("a trial was started")
+
+    sweep = Sweep(searched(tmp_path, tmp_path / "none"))
+    with pytest.raises(DataError, match="none"):
+        sweep.run(1, lambda trial: None, start)
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="is no directory"):
+        Sweep(searched(tmp_path, tmp_path, out=tmp_path / "file"))
 
 
 def test_a_trial_begun_with_other_settings_is_refused(tmp_path: Path) -> None:
