@@ -41,7 +41,9 @@ def hand_over(
     out.mkdir(parents=True, exist_ok=True)
     lines = [" ".join((name, *words)) for name, words in trials.items()]
     write_whole(out / POINTS, "\n".join(lines) + "\n")
-    words = ["sbatch", f"--array=1-{len(lines)}", os.path.relpath(SCRIPT), f"config={path}"]
+    logs = str(out).replace("%", "%%")
+    words = ["sbatch", f"--array=1-{len(lines)}", f"--output={logs}/%x-%A_%a.out"]
+    words += [os.path.relpath(SCRIPT), f"config={path}"]
     words += [f"points={out / POINTS}", f"run_dir={out}", *overrides]
     shown = shlex.join(words)
     if Path.cwd() != ROOT:

@@ -21,9 +21,10 @@ def test_a_search_is_handed_over_and_collected(jobs: Jobs) -> None:
         env["HEAD_ADDRESS"] = "127.0.0.1"
     command = (sys.executable, "-m", "pretrain", *words, "--slurm")
     said = jobs.cluster.run(*command, env=env, cwd=ROOT)
-    asked = re.fullmatch(r"job (\d+), 2 trials: sbatch --array=1-2 slurm/mup_sweep.sh .*\n", said)
+    asked = re.fullmatch(r"job (\d+), 2 trials: sbatch --array=1-2 .*\n", said)
     assert asked is not None, said
     assert jobs.wait(asked[1]) == "COMPLETED"
+    assert len(list(out.glob("mup_sweep-*.out"))) == 2
     found = json.loads(jobs.pretrain(*words, "--json"))
     assert found["counts"] == {"done": 1, "diverged": 1}
     assert found["verdict"]["best"][0]["values"] == {"optim.lr": 1e-3}

@@ -361,8 +361,16 @@ def target(tmp_path: Path, model: str = "dit", **changes: Any) -> Path:
 def test_the_tuned_target_loads_and_its_plan_states_the_share(tmp_path: Path, digits: Path) -> None:
     search = searched(tmp_path, digits)
     sweep, aim = Sweep(search), target(tmp_path, model__num_heads=4)
-    run(sweep, bowl)
+
+    def moved(folder: Path, settings: dict[str, str]) -> int:
+        """The narrow model is best at half the rate."""
+        twice = str(2 * float(settings["optim.lr"]))
+        narrow = settings["model.width"] == "16"
+        return bowl(folder, settings | {"optim.lr": twice} if narrow else settings)
+
+    run(sweep, moved)
     found = tune_report.save(sweep)
+    assert [row["values"]["optim.lr"] for row in found["verdict"]["best"]] == [0.5, 1]
     tuned = tune_target.write(sweep, aim, found, ["tune", "x y"])
     assert tuned.name == "dit_tuned.yaml"
     assert tuned.read_text().startswith("# dit.yaml under muP, with what was best for dit+mup.yaml")
@@ -410,7 +418,8 @@ def test_an_array_is_written_and_submitted(
     out, path = sweep.search.out, sweep.search.path
     words = {trial.name: trial.words for trial in sweep.trials()}
     said = trials.hand_over(path, ("accum=2",), words, out)
-    line = f"--array=1-8 slurm/mup_sweep.sh config={path} points={out}/points.txt run_dir={out}"
+    line = f"--array=1-8 --output={out}/%x-%A_%a.out slurm/mup_sweep.sh config={path} "
+    line += f"points={out}/points.txt run_dir={out}"
     assert f"sbatch {line} accum=2" in said
     assert {n: tuple(w) for n, w in collecting.points(out / "points.txt").items()} == words
     assert trials.handed_over(out)
