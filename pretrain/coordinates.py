@@ -229,7 +229,7 @@ def _step(model: Model, batch: _Batch, cfg: CheckConfig, optimizer: AdamW) -> No
     model.zero_grad()
     loss.backward()
     gradients = {name: _flat(p) for name, p in model.named_parameters()}
-    norm = torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt()
+    norm = nn.utils.get_total_norm(gradients.values())
     divisor = torch.ones_like(norm) if cfg.clip is None else (norm / cfg.clip).clamp(min=1.0)
     never = torch.zeros((), dtype=torch.bool, device=norm.device)
     optimizer.step(gradients, 1.0, divisor, never)
@@ -323,8 +323,8 @@ def _layers(model: Model) -> Iterator[tuple[str, nn.Module, _Read]]:
                 yield "router logits", module.router, _logits
                 if module.cfg.router_time:
                     yield "router time", module.router, _router_time
-    readout = model.get_submodule(model.readout)
-    yield "final features", readout, lambda _, given, __: given[0] / model.cfg.readout_scale
+    readout, scale = model.get_submodule(model.readout), model.cfg.readout_scale
+    yield "final features", readout, lambda _, given, __: given[0] / scale
     yield "prediction", readout, _given
 
 
