@@ -10,7 +10,8 @@ multipliers, which the config derives (`readout_scale`, `residual_scale`), and t
 | input-like: only fan_out grows             | N(0, 1/fan_in)   | 1   | 1     | 1                 |
 | label table                                | N(0, 1)          | 1   | 1     | 1                 |
 | readout: the last linear or convolution    | 0                | 1   | 1     | output_mult/m     |
-| router                                     | N(0, 1/fan_in)   | 1/m | m     | 1                 |
+| router: n = fan_in/m of its columns        | N(0, 1/n)        | 1/m | m     | 1                 |
+| router: its other columns                  | 0                | 1/m | m     | 1                 |
 | router's time term                         | 0                | 1/m | m     | 1                 |
 | depthwise k×k                              | N(0, 1/k²)       | 1   | 1     | 1                 |
 | bias, qk-norm, cosine scale                | as declared      | 1   | 1     | 1                 |
@@ -22,7 +23,10 @@ depthwise kernels each has a third of the variance, so that their merged sum has
 Where this is not what the package says, and why:
 - Router (growing fan_in, finite fan_out, no readout). The package would have the learning rate 1, a
   multiplier 1/m and a start that shrinks the logits by sqrt(m). Adam's updates move the logits
-  equally in both; here they start of one size at every width, so that routing starts alike.
+  equally in both; here they start of one size at every width, so that routing starts alike. It
+  reads as many channels at the start as at base_width: reading all of them by N(0, 1/fan_in), the
+  gradient of an auxiliary loss, which comes through this matrix alone, would move the tokens along
+  its rows and the logits by sqrt(m) more than at base_width.
 - Depthwise kernels. The package gives learning rate 1 as here, but leaves the start as it was:
   xavier's fan_out holds the width, so the kernels would vanish as it grows.
 - Cosine scale: one number a head. Learning rate 1 as in the package; q and k are normalised over a
@@ -38,7 +42,6 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import torch
-from mup.shape import set_base_shapes
 from pydantic import ValidationError
 from torch import nn
 
@@ -87,14 +90,18 @@ def rules(cfg: ModelConfig) -> Mapping[str, Rule]:
             build_form(at_width(cfg, n * cfg.mup.base_width, "model.mup.base_width"), "trained")
             for n in (1, 2)
         )
+    from mup.shape import set_base_shapes  # perf: pandas and seaborn come with it, seconds a rank
+
     set_base_shapes(model, base, delta=delta, rescale_params=False, do_assert=False)
     parallel = {m for k in model.modules() if isinstance(k, Kernels) for m in k.children()}
     found: dict[str, Rule] = {}
     for name, module, own, parameter in _parameters(model):
         kind = _kind(module, parameter, readout=name.startswith(f"{model.readout}."))
-        init = _start(kind, module.inits[own], parameter.shape, 3 if module in parallel else 1)
+        ratio = parameter.infshape.width_mult()
+        summed = 3 if module in parallel else 1
+        init = _start(kind, module.inits[own], parameter.shape, summed, ratio)
         scale = cfg.readout_scale if kind == "readout" else 1.0
-        found[name] = Rule(kind, init, *_adamw(kind, parameter.infshape.width_mult()), scale)
+        found[name] = Rule(kind, init, *_adamw(kind, ratio), scale)
     return found
 
 
@@ -184,8 +191,8 @@ def _kind(module: nn.Module, parameter: Any, *, readout: bool) -> Kind:
     return "input"
 
 
-def _start(kind: Kind, declared: Init, shape: torch.Size, parallel: int) -> Init:
-    """parallel: how many kernels are summed to one."""
+def _start(kind: Kind, declared: Init, shape: torch.Size, parallel: int, ratio: float) -> Init:
+    """parallel: how many kernels are summed to one. ratio: m."""
     if kind == "vector" or (kind == "router" and isinstance(declared, Zero)):
         return declared
     if kind == "table":
@@ -194,6 +201,9 @@ def _start(kind: Kind, declared: Init, shape: torch.Size, parallel: int) -> Init
         return Zero()
     # why: (E, out, in) of experts; all others are (out, in, ...).
     fan_in = math.prod(shape[2:] if len(shape) == 3 else shape[1:])
+    if kind == "router" and ratio > 1:
+        columns = round(fan_in / ratio)
+        return Normal(1 / math.sqrt(columns), columns)
     return Normal(1 / math.sqrt(parallel * fan_in))
 
 
