@@ -61,11 +61,11 @@ def assert_adds_up(goodput: dict[str, float]) -> None:
 
 @pytest.mark.slow
 def test_the_time_limit(jobs: Jobs, undisturbed: Jobs) -> None:
-    """One minute. Slurm looks every half minute, so the ranks are held until it has."""
-    number = jobs.train(options=("--time=1", "--signal=B:USR1@45"))
+    """Two minutes. Slurm looks every half minute, so the ranks are held until it has."""
+    number = jobs.train(options=("--time=2", "--signal=B:USR1@45"))
     jobs.until_step(3)
     jobs.send(signal.SIGSTOP)
-    jobs.cluster.until("USR1", lambda: "USR1: the ranks" in jobs.log(number))
+    jobs.cluster.until("USR1", lambda: "USR1: the ranks" in jobs.log(number), 90)
     jobs.send(signal.SIGCONT)
     assert_same_end(jobs, number, undisturbed)
     first = jobs.attempts()[0]
