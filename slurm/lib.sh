@@ -21,8 +21,8 @@ RESTART=${SLURM_RESTART_COUNT:-0}                   # unset in a job's first lif
 JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
 JOB=${JOB:-$SLURM_JOB_ID}
 MAX_CRASHES=${MAX_CRASHES:-3}                       # in a row, without a new checkpoint between them
+MAX_STOPS=10                                        # the same of stops
 export PRETRAIN_SITE=${PRETRAIN_SITE:-runs/site}    # what is known of this cluster
-MAX_STOPS=10                                        # in a row, none of which trained to a checkpoint
 ASKED=${ASKED:-0} TERMED=${TERMED:-0} INTERRUPTED=0 # set by traps
 trap 'INTERRUPTED=1 ASKED=1' USR1                   # from the first line on: USR1 would end a shell
 trap 'INTERRUPTED=1 TERMED=1' TERM
@@ -54,7 +54,7 @@ settings() {  # CONFIG [key=value …]: sets CONFIG, RUN_DIR, OVERRIDES
       *) refuse "argument '$word': expected key=value, such as steps=1000 or config=configs/demo.yaml" ;;
     esac
   done
-  RUN_DIR=${RUN_DIR:-$(sed -n 's/^run_dir: *\([^ #]*\).*/\1/p' "$CONFIG" 2>/dev/null)}
+  RUN_DIR=${RUN_DIR:-$(sed -n "s/^run_dir: *[\"']\{0,1\}\([^\"' #]*\).*/\1/p" "$CONFIG" 2>/dev/null)}
   RUN_DIR=${RUN_DIR:-runs/$(basename "$CONFIG" .yaml)}
 }
 
@@ -81,11 +81,11 @@ take_code() {  # a requeue runs what was submitted, whatever happens to the chec
   CODE=${PRETRAIN_CODE:-$JOB_DIR/code/${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}
   if [ ! -d "$CODE" ]; then
     local fresh=$CODE.partial.$SLURM_JOB_ID
+    [ -z "${CONFIG:-}" ] || [ -f "$CONFIG" ] || refuse "config=$CONFIG: there is no such file below $PWD"
     mkdir -p "$fresh"
     tar -C "$ROOT" -c pretrain parallel data_pipeline configs slurm pyproject.toml \
       | tar -C "$fresh" -x || refuse "the code in $ROOT cannot be copied to $CODE; submit from the checkout, or set PRETRAIN_ROOT"
-    [ -z "${CONFIG:-}" ] || cp "$CONFIG" "$fresh/submitted.yaml" \
-      || refuse "config=$CONFIG: there is no such file below $PWD"
+    [ -z "${CONFIG:-}" ] || cp "$CONFIG" "$fresh/submitted.yaml"
     git -C "$ROOT" rev-parse HEAD >"$fresh/commit" 2>/dev/null || rm -f "$fresh/commit"
     mv -T "$fresh" "$CODE" 2>/dev/null || rm -rf "$fresh"  # why: another element of an array was first
   fi

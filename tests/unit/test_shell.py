@@ -158,3 +158,13 @@ def test_two_jobs_do_not_train_into_one_run(tmp_path: Path) -> None:
     assert gone.returncode == 0
     last = json.loads((tmp_path / "attempts.jsonl").read_text().splitlines()[-1])
     assert (last["outcome"], last["job"]) == ("lost", "6")
+
+
+@pytest.mark.parametrize("line", ["run_dir: /fsx/x", 'run_dir: "/fsx/x"  # where', "steps: 1"])
+def test_a_run_goes_where_the_configuration_says(line: str, tmp_path: Path) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text(line + "\n")
+    done = shell(tmp_path, f"unset RUN_DIR; settings {config} steps=2; echo $RUN_DIR")
+    assert done.stdout == ("/fsx/x\n" if "run_dir" in line else "runs/mine\n")
+    given = shell(tmp_path, f"unset RUN_DIR; settings {config} run_dir=/y; echo $RUN_DIR")
+    assert given.stdout == "/y\n"
