@@ -9,7 +9,6 @@ import pytest
 from tests import ranks, tiny
 from tests.parity import faults
 from tests.parity.table import (
-    BF16,
     BY_NAME,
     LAYOUTS,
     MODELS,
@@ -36,6 +35,8 @@ CELLS = [
     )
     for model in MODELS
     for layout in LAYOUTS
+    # why: minutes of compiling; the U-DiT with experts has the same blocks. `make parity` has it.
+    if (model, layout.name) != ("udit", "compile")
 ]
 
 
@@ -72,7 +73,7 @@ def test_a_planted_fault_is_seen(fault: str, runs: Runs) -> None:
 
 @pytest.mark.parametrize(
     ("model", "steps"),
-    [("dit", 20), *(pytest.param(model, 50, marks=pytest.mark.slow) for model in BF16)],
+    [("dit", 20), pytest.param("dit-moe", 50, marks=pytest.mark.slow)],
 )
 def test_bf16_stays_within_what_reordered_sums_do(model: str, steps: int, runs: Runs) -> None:
     spread, found = bf16_spread(Runs(runs.data, runs.folder, steps=steps), model)
