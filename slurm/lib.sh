@@ -183,13 +183,10 @@ begin_attempt() {
   printf '{"event":"begin","time":%s,"job":"%s","restart":%s,"nodes":"%s","node_count":%s,"ranks":%s,"gpus":%s,"from":%s}\n' \
     "$(date +%s.%3N)" "$SLURM_JOB_ID" "$RESTART" "$SLURM_JOB_NODELIST" "$NODES" \
     "$((NODES * RANKS_PER_NODE))" "$((NODES * ${SLURM_GPUS_ON_NODE:-0}))" "$FROM" >>"$ATTEMPTS"
-  ENDED=0
   say "begins on $SLURM_JOB_NODELIST, $RANKS_PER_NODE ranks a node, after step $FROM"
 }
 
 end_attempt() {  # OUTCOME CODE WHY
-  [ "$ENDED" = 0 ] || return 0
-  ENDED=1
   printf '{"event":"end","time":%s,"job":"%s","restart":%s,"from":%s,"to":%s,"outcome":"%s","code":%s,"why":"%s"}\n' \
     "$(date +%s.%3N)" "$SLURM_JOB_ID" "$RESTART" "$FROM" "$(newest_step)" "$1" "$2" "$(text "$3")" >>"$ATTEMPTS"
   say "$1 (code $2) at step $(newest_step): $3"
@@ -288,6 +285,8 @@ after_the_array() {
 # ---- training, until it is done ------------------------------------------------------------------
 
 train_until_done() {
+  [[ ${LAUNCHER:=srun} =~ ^(srun|torchrun)$ ]] \
+    || refuse "LAUNCHER=$LAUNCHER: expected srun (one task a rank) or torchrun (one task a node)"
   forget_old_request
   begin_attempt
   trap 'INTERRUPTED=1; ask_to_stop USR1' USR1
@@ -305,7 +304,7 @@ train_until_done() {
 launch() {
   local command=(-m pretrain train "$CONFIG" ${OVERRIDES[@]+"${OVERRIDES[@]}"} "run_dir=$RUN_DIR")
   [ "${HEALTH:-on}" = off ] || command+=(--health "$REPORT")
-  case ${LAUNCHER:-srun} in
+  case $LAUNCHER in
     srun) on_ranks train -- "${PYTHON[@]}" "${command[@]}" ;;
     torchrun)  # one task a node; the agent starts the ranks and keeps their output apart
       tasks 1 "$LOGS/$SLURM_JOB_ID.$RESTART-agent-node%t.log" -- \
@@ -313,7 +312,6 @@ launch() {
         --nnodes="$NODES" --nproc-per-node="$RANKS_PER_NODE" --max-restarts=0 --rdzv-backend=c10d \
         --rdzv-id="$SLURM_JOB_ID.$RESTART" --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" \
         --log-dir="$LOGS/$SLURM_JOB_ID.$RESTART-train" --redirects=3 "${command[@]}" ;;
-    *) refuse "LAUNCHER=$LAUNCHER: expected srun (one task a rank) or torchrun (one task a node)" ;;
   esac
 }
 
@@ -338,7 +336,7 @@ forget_old_request() {  # of this job's earlier life, or of a job that is gone; 
 }
 
 after_training() {  # CODE of the ranks, whether the run is COMPLETE. What becomes of the job
-  local code=$1 why
+  local code=$1 why=''
   if [ "$2" = yes ]; then
     end_attempt "done" 0 "the run is complete"
     exit 0
@@ -359,7 +357,7 @@ after_training() {  # CODE of the ranks, whether the run is COMPLETE. What becom
     end_attempt stopped 0 "somebody asked it to stop; submit it again to go on"
     exit 0
   fi
-  end_attempt stopped "$code" "${why:-}; the job is requeued"
+  [ -z "$why" ] || end_attempt stopped "$code" "$why; the job is requeued"
   unless_stuck
   requeue
 }
