@@ -64,7 +64,7 @@ def links(
     out: Out = None,
 ) -> None:
     """Bus bandwidth of collectives inside a node, across nodes and over the world; matmul, copy."""
-    from pretrain.benches import checkpoint as benches
+    from pretrain.benches import links as benches
 
     chosen = _numbers(sizes)
     _measure(lambda: benches.links(chosen, rounds), nproc, as_json, out)

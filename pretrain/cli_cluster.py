@@ -13,9 +13,9 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")
 
 def submit(
     path: ConfigPath,
-    nodes: Annotated[int, typer.Option(min=1)],
+    nodes: Annotated[int, typer.Option()],
     overrides: Overrides = None,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="Ranks a node.")] = 8,
+    gpus_per_node: Annotated[int, typer.Option(help="Ranks a node.")] = 8,
     account: Annotated[str | None, typer.Option()] = None,
     partition: Annotated[str | None, typer.Option()] = None,
     time: Annotated[str | None, typer.Option(help="Limit of one life, 24:00:00.")] = None,

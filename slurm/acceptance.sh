@@ -1,7 +1,8 @@
 #!/bin/bash
-# What a cluster reaches, in 20 minutes on 1…N nodes: bandwidth of collectives, tokens to experts and
-# back, saving and loading, and one training at constant images a GPU on 1, 2, 4 … N nodes. Prints it
-# beside what `pretrain plan` said, and writes runs/site/links.json, which `pretrain plan` then reads.
+# What a cluster reaches on 1…N nodes, within the half hour of --time: bandwidth of collectives, tokens
+# to experts and back, saving and loading, and one training at constant images a GPU on 1, 2, 4 … N
+# nodes. Prints it beside what `pretrain plan` said, and writes runs/site/links.json, which
+# `pretrain plan` then reads.
 #
 #     sbatch slurm/acceptance.sh                                       2 nodes
 #     sbatch --nodes=16 slurm/acceptance.sh config=configs/udit_xl_moe.yaml

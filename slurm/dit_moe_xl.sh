@@ -4,7 +4,7 @@
 #
 #     sbatch slurm/dit_moe_xl.sh                            1 node
 #     sbatch --nodes=4 slurm/dit_moe_xl.sh steps=800000     any key of the config
-#     pretrain status runs/dit_moe_xl
+#     pretrain status runs/dit_moe_xl_in256
 #
 # What to edit is listed in slurm/udit_xl_moe.sh: account, partition, nodes, time, container.
 #SBATCH --job-name=dit_moe_xl

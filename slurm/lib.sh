@@ -21,8 +21,8 @@ RESTART=${SLURM_RESTART_COUNT:-0}                   # unset in a job's first lif
 JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
 JOB=${JOB:-$SLURM_JOB_ID}
 MAX_CRASHES=${MAX_CRASHES:-3}                       # in a row, without a new checkpoint between them
+MAX_STOPS=10                                        # the same of stops
 export PRETRAIN_SITE=${PRETRAIN_SITE:-runs/site}    # what is known of this cluster
-MAX_STOPS=10                                        # in a row, none of which trained to a checkpoint
 ASKED=${ASKED:-0} TERMED=${TERMED:-0} INTERRUPTED=0 # set by traps
 trap 'INTERRUPTED=1 ASKED=1' USR1                   # from the first line on: USR1 would end a shell
 trap 'INTERRUPTED=1 TERMED=1' TERM
@@ -54,7 +54,7 @@ settings() {  # CONFIG [key=value …]: sets CONFIG, RUN_DIR, OVERRIDES
       *) refuse "argument '$word': expected key=value, such as steps=1000 or config=configs/demo.yaml" ;;
     esac
   done
-  RUN_DIR=${RUN_DIR:-$(sed -n 's/^run_dir: *\([^ #]*\).*/\1/p' "$CONFIG" 2>/dev/null)}
+  RUN_DIR=${RUN_DIR:-$(sed -n "s/^run_dir: *[\"']\{0,1\}\([^\"' #]*\).*/\1/p" "$CONFIG" 2>/dev/null)}
   RUN_DIR=${RUN_DIR:-runs/$(basename "$CONFIG" .yaml)}
 }
 
@@ -81,11 +81,11 @@ take_code() {  # a requeue runs what was submitted, whatever happens to the chec
   CODE=${PRETRAIN_CODE:-$JOB_DIR/code/${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}
   if [ ! -d "$CODE" ]; then
     local fresh=$CODE.partial.$SLURM_JOB_ID
+    [ -z "${CONFIG:-}" ] || [ -f "$CONFIG" ] || refuse "config=$CONFIG: there is no such file below $PWD"
     mkdir -p "$fresh"
     tar -C "$ROOT" -c pretrain parallel data_pipeline configs slurm pyproject.toml \
       | tar -C "$fresh" -x || refuse "the code in $ROOT cannot be copied to $CODE; submit from the checkout, or set PRETRAIN_ROOT"
-    [ -z "${CONFIG:-}" ] || cp "$CONFIG" "$fresh/submitted.yaml" \
-      || refuse "config=$CONFIG: there is no such file below $PWD"
+    [ -z "${CONFIG:-}" ] || cp "$CONFIG" "$fresh/submitted.yaml"
     git -C "$ROOT" rev-parse HEAD >"$fresh/commit" 2>/dev/null || rm -f "$fresh/commit"
     mv -T "$fresh" "$CODE" 2>/dev/null || rm -rf "$fresh"  # why: another element of an array was first
   fi
@@ -183,13 +183,10 @@ begin_attempt() {
   printf '{"event":"begin","time":%s,"job":"%s","restart":%s,"nodes":"%s","node_count":%s,"ranks":%s,"gpus":%s,"from":%s}\n' \
     "$(date +%s.%3N)" "$SLURM_JOB_ID" "$RESTART" "$SLURM_JOB_NODELIST" "$NODES" \
     "$((NODES * RANKS_PER_NODE))" "$((NODES * ${SLURM_GPUS_ON_NODE:-0}))" "$FROM" >>"$ATTEMPTS"
-  ENDED=0
   say "begins on $SLURM_JOB_NODELIST, $RANKS_PER_NODE ranks a node, after step $FROM"
 }
 
 end_attempt() {  # OUTCOME CODE WHY
-  [ "$ENDED" = 0 ] || return 0
-  ENDED=1
   printf '{"event":"end","time":%s,"job":"%s","restart":%s,"from":%s,"to":%s,"outcome":"%s","code":%s,"why":"%s"}\n' \
     "$(date +%s.%3N)" "$SLURM_JOB_ID" "$RESTART" "$FROM" "$(newest_step)" "$1" "$2" "$(text "$3")" >>"$ATTEMPTS"
   say "$1 (code $2) at step $(newest_step): $3"
@@ -288,6 +285,8 @@ after_the_array() {
 # ---- training, until it is done ------------------------------------------------------------------
 
 train_until_done() {
+  [[ ${LAUNCHER:=srun} =~ ^(srun|torchrun)$ ]] \
+    || refuse "LAUNCHER=$LAUNCHER: expected srun (one task a rank) or torchrun (one task a node)"
   forget_old_request
   begin_attempt
   trap 'INTERRUPTED=1; ask_to_stop USR1' USR1
@@ -305,7 +304,7 @@ train_until_done() {
 launch() {
   local command=(-m pretrain train "$CONFIG" ${OVERRIDES[@]+"${OVERRIDES[@]}"} "run_dir=$RUN_DIR")
   [ "${HEALTH:-on}" = off ] || command+=(--health "$REPORT")
-  case ${LAUNCHER:-srun} in
+  case $LAUNCHER in
     srun) on_ranks train -- "${PYTHON[@]}" "${command[@]}" ;;
     torchrun)  # one task a node; the agent starts the ranks and keeps their output apart
       tasks 1 "$LOGS/$SLURM_JOB_ID.$RESTART-agent-node%t.log" -- \
@@ -313,7 +312,6 @@ launch() {
         --nnodes="$NODES" --nproc-per-node="$RANKS_PER_NODE" --max-restarts=0 --rdzv-backend=c10d \
         --rdzv-id="$SLURM_JOB_ID.$RESTART" --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" \
         --log-dir="$LOGS/$SLURM_JOB_ID.$RESTART-train" --redirects=3 "${command[@]}" ;;
-    *) refuse "LAUNCHER=$LAUNCHER: expected srun (one task a rank) or torchrun (one task a node)" ;;
   esac
 }
 
@@ -338,7 +336,7 @@ forget_old_request() {  # of this job's earlier life, or of a job that is gone; 
 }
 
 after_training() {  # CODE of the ranks, whether the run is COMPLETE. What becomes of the job
-  local code=$1 why
+  local code=$1 why=''
   if [ "$2" = yes ]; then
     end_attempt "done" 0 "the run is complete"
     exit 0
@@ -359,7 +357,7 @@ after_training() {  # CODE of the ranks, whether the run is COMPLETE. What becom
     end_attempt stopped 0 "somebody asked it to stop; submit it again to go on"
     exit 0
   fi
-  end_attempt stopped "$code" "${why:-}; the job is requeued"
+  [ -z "$why" ] || end_attempt stopped "$code" "$why; the job is requeued"
   unless_stuck
   requeue
 }

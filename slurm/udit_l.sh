@@ -4,7 +4,7 @@
 #
 #     sbatch slurm/udit_l.sh                            1 node
 #     sbatch --nodes=4 slurm/udit_l.sh steps=800000     any key of the config
-#     pretrain status runs/udit_l
+#     pretrain status runs/udit_l_in256
 #
 # What to edit is listed in slurm/udit_xl_moe.sh: account, partition, nodes, time, container.
 #SBATCH --job-name=udit_l

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ.setdefault("WANDB_MODE", "disabled")
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,6 +18,12 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("data") / "digits"
     encode("digits", out, codec="haar2")
     return out
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Why: models of tests are so small that threads only wait for each other."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -4,8 +4,12 @@ A fresh interpreter needs seconds to import torch; a fork of this server needs n
 rank, so that bits do not depend on the machine.
 """
 
+import atexit
+import functools
+import itertools
 import multiprocessing as mp
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -22,17 +26,19 @@ _context.set_forkserver_preload(
         "pretrain.train",
         "deepspeed.runtime.zero.muon.muon_optimizer",
         "parallel.megatron",
+        "tests.frozen",
     ]
 )
 
 LIMIT = 120.0  # seconds after which a test's ranks have hung
+_numbers = itertools.count()
 
 
 def start(
     target: Callable[..., Any], world: int, *args: Any, log: Path | None = None
 ) -> list[BaseProcess]:
     """Starts `target(*args)` as `world` ranks that know their place; their output goes to `log`."""
-    store = tempfile.mkdtemp(prefix="ranks-") + "/store"
+    store = f"{_meeting_places()}/{next(_numbers)}"
     ranks = []
     for rank in range(world):
         process = _context.Process(
@@ -41,6 +47,14 @@ def start(
         process.start()
         ranks.append(process)
     return ranks
+
+
+@functools.cache  # why: not on import, which every rank does too
+def _meeting_places() -> str:
+    """A folder with a file for each start; it goes when this process ends."""
+    folder = tempfile.mkdtemp(prefix="ranks-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def wait(ranks: Sequence[BaseProcess], limit: float = LIMIT) -> list[int | None]:

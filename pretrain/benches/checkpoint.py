@@ -1,7 +1,6 @@
-"""Measures parts of the program beside what the machine gives, interleaved, medians of rounds.
+"""Saving and loading beside what the disk and memory give, interleaved, medians of rounds.
 
     pretrain bench checkpoint --params 2e8 --nproc 2 --dir runs
-    pretrain bench links --nproc 2
 
 Trains nothing. Every rank calls every function.
 """
@@ -9,8 +8,7 @@ Trains nothing. Every rank calls every function.
 import shutil
 import statistics
 import subprocess
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +18,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel import launch, storage
-from parallel import links as measuring
 from parallel.index import Index
 from parallel.links import slowest
 from parallel.shards import Box, Extent, Piece
@@ -47,27 +44,6 @@ class _Held:
 
     def scalars(self) -> dict[str, int]:
         return {"step": self.step}
-
-
-def links(sizes: Sequence[float], rounds: int) -> dict[str, Any]:
-    """What collectives reach between ranks (see parallel.links), and what a rank reaches alone.
-
-    sizes: MiB; none: those for the device.
-    """
-    place = launch.Place.here()
-    measuring.nodes_of(place)
-    device = launch.join(place, threads=1, timeout=timedelta(minutes=10))
-    each = [int(size * 2**20) for size in sizes or measuring.SIZES[device.type]]
-    found = measuring.measure(place, device, each, rounds)
-    alone = measuring.compute(device, rounds)
-    launch.leave()
-    return record("links", place) | {
-        "device": device.type,
-        "ranks_per_node": place.local_world,
-        "rounds": rounds,
-        **asdict(alone),
-        "links": [asdict(link) for link in found],
-    }
 
 
 def checkpoint(params: int, where: Path, rounds: int) -> dict[str, Any]:

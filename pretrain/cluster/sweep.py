@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.cluster import status
+from pretrain.manifest import write_whole
 from pretrain.showing import show
 
 RESULTS = "results.json"
@@ -56,9 +57,7 @@ def main(words: list[str]) -> None:
     rows = results(points(file), folder)
     shown = [row | {"overrides": " ".join(row["overrides"])} for row in rows]
     show({"trials": shown}, as_json=False)
-    fresh = folder / f".{RESULTS}.partial"
-    fresh.write_text(json.dumps(rows, indent=1) + "\n")
-    fresh.rename(folder / RESULTS)
+    write_whole(folder / RESULTS, json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def lines(run: Path) -> list[dict[str, object]]:
 
 
 def test_a_skipped_step_changes_nothing_but_the_clock(digits: Path, tmp_path: Path) -> None:
-    config = tiny.write(tmp_path, "udit-moe", digits, checkpoint__every=100)
+    config = tiny.write(tmp_path, "dit-moe", digits, checkpoint__every=100)
     short, hurt = tmp_path / "short", tmp_path / "hurt"
     ranks.train(config, short, "steps=3", world=2)
     hurt.mkdir()

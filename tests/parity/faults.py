@@ -10,7 +10,7 @@ from tests import ranks
 FAULTS = {
     "expert output doubled": ("udit-moe", "ep2"),
     "two experts swapped": ("dit-moe", "ep2"),
-    "head order reversed": ("udit", "tp2"),
+    "head order reversed": ("dit", "tp2"),
     "gradient of one rank dropped": ("dit", "dp2"),
     "rates of one rank without muP": ("dit-moe+mup", "ep2"),
 }

@@ -1,5 +1,7 @@
 """The loss does not know the layout: some cells of the parity table, all of them in `make slow`."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,6 @@ import pytest
 from tests import ranks, tiny
 from tests.parity import faults
 from tests.parity.table import (
-    BF16,
     BY_NAME,
     LAYOUTS,
     MODELS,
@@ -22,7 +23,7 @@ from tests.parity.table import (
 
 QUICK = {
     "dit": ("HSDP 2×2", "tp4", "ZeRO-1×tp2", "ZeRO-3"),
-    "udit": ("tp2",),
+    "udit": (),
     "dit-moe": ("ep4", "ep2×tp2", "ordered dp2×tp2", "remat×ep2", "ZeRO-2×ep2"),
     "udit-moe": ("dp2×ep2×tp2", "accumulation 4"),
     "dit-moe+mup": ("ZeRO-2×ep2",),
@@ -40,19 +41,21 @@ CELLS = [
     for model in MODELS + UNDER_MUP
     for layout in LAYOUTS
     if model in MODELS or layout.name in CUT
+    # why: minutes of compiling; the U-DiT with experts has the same blocks. `make parity` has it.
+    if (model, layout.name) != ("udit", "compile")
 ]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("parity")
-    return Runs(encoded(folder), folder)
+    return Runs(encoded(folder), folder, steps=5)
 
 
 @pytest.fixture(scope="module")
-def alone(runs: Runs) -> dict[str, str]:
-    """Digests of what one process starts from."""
-    return runs.digests("udit-moe", Layout("1", 1))
+def alone(runs: Runs) -> Callable[[str], dict[str, str]]:
+    """Digests of what one process starts from, by model."""
+    return cache(lambda model: runs.digests(model, Layout("1", 1)))
 
 
 @pytest.mark.parametrize(("model", "layout"), CELLS)
@@ -75,27 +78,30 @@ def test_a_planted_fault_is_seen(fault: str, runs: Runs) -> None:
 
 
 @pytest.mark.parametrize(
-    "model", [pytest.param(m, marks=() if m == "dit" else pytest.mark.slow) for m in BF16]
+    ("model", "steps"),
+    [("dit", 20), pytest.param("dit-moe", 50, marks=pytest.mark.slow)],
 )
-def test_bf16_stays_within_what_reordered_sums_do(model: str, runs: Runs) -> None:
-    spread, found = bf16_spread(Runs(runs.data, runs.folder, steps=50), model)
+def test_bf16_stays_within_what_reordered_sums_do(model: str, steps: int, runs: Runs) -> None:
+    spread, found = bf16_spread(Runs(runs.data, runs.folder, steps=steps), model)
     assert 0 < spread < 0.01
     assert all(apart <= 2 * spread for apart in found.values()), (spread, found)
 
 
 @pytest.mark.parametrize(
-    "layout",
+    ("model", "layout"),
     [
-        pytest.param(layout, marks=() if layout.name in QUICK["udit-moe"] else pytest.mark.slow)
-        for layout in LAYOUTS
-        if layout.name != "ZeRO-3×ep2"
+        ("dit-moe", "dp2×ep2×tp2"),
+        *(
+            pytest.param("udit-moe", layout.name, marks=pytest.mark.slow)
+            for layout in LAYOUTS
+            if layout.name != "ZeRO-3×ep2"
+        ),
     ],
-    ids=lambda layout: layout.name,
 )
 def test_every_layout_starts_from_the_same_weights(
-    layout: Layout, runs: Runs, alone: dict[str, str]
+    model: str, layout: str, runs: Runs, alone: Callable[[str], dict[str, str]]
 ) -> None:
-    assert runs.digests("udit-moe", layout) == alone
+    assert runs.digests(model, BY_NAME[layout]) == alone(model)
 
 
 def test_the_batch_wise_balance_is_taken_over_all_ranks(digits: Path, tmp_path: Path) -> None:
@@ -103,7 +109,7 @@ def test_the_batch_wise_balance_is_taken_over_all_ranks(digits: Path, tmp_path: 
         tmp_path,
         "dit-moe",
         digits,
-        steps=10,
+        steps=5,
         checkpoint__every=1000,
         data__global_batch=16,
         model__zero_init_std=0.05,

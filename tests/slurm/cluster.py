@@ -118,7 +118,8 @@ class Cluster:
         conf, setting = self.dir / "etc" / "slurm.conf", "SlurmctldParameters="
         old = conf.read_text()
         lines = [line for line in old.splitlines() if not line.startswith(setting)]
-        new = "\n".join([*lines, setting + "preempt_send_user_signal" * asked]) + "\n"
+        lines += [f"{setting}preempt_send_user_signal"] if asked else []
+        new = "\n".join(lines) + "\n"
         if sorted(new.splitlines()) != sorted(old.splitlines()):
             conf.write_text(new)
             self.run("scontrol", "reconfigure")

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pretrain import inspection
+from pretrain import inspection, timeline
 from tests import tiny
 from tests.slurm.cluster import Cluster
 
@@ -116,6 +116,12 @@ class Jobs:
         path = self.run_dir / "attempts.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         return [line for line in map(json.loads, lines) if line["event"] == event]
+
+    def start_seconds(self, begin: dict[str, Any]) -> float:
+        """From the start of a life (a line of attempts.jsonl) to its first step that is done."""
+        lines = timeline.objects(self.run_dir / timeline.TIMELINE)
+        steps = (line["time"] for line in lines if line["event"] == "steps")
+        return next(time for time in steps if time > begin["time"]) - begin["time"]
 
     def nodes(self) -> set[str]:
         """Where the newest life of the run was trained."""

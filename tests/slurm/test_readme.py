@@ -57,7 +57,7 @@ def test_submit_writes_plans_and_submits(jobs: Jobs) -> None:
     bad = {"time": 1.0, "node": "node1", "check": "disk space", "why": "full", "job": "1"}
     (site / "bad_nodes.jsonl").write_text(json.dumps(bad) + "\n")
     words = ("submit", str(jobs.config), f"run_dir={jobs.run_dir}", "--nodes", "2")
-    words += ("--gpus-per-node", "2", "--time", "1:00:00", "--device", "cpu")
+    words += ("--gpus-per-node", "1", "--time", "1:00:00", "--device", "cpu")
     words += ("--exclude-bad",)
     said = jobs.pretrain(*words)
     assert "params_total" in said

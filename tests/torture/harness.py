@@ -52,11 +52,12 @@ class Outcome:
 
 @dataclass
 class Bench:
-    """Tiny U-DiT-MoE runs on one set of latents; references are made once each."""
+    """Tiny runs of one model on one set of latents; references are made once each."""
 
     data: Path
     folder: Path
     seed: int = 0
+    model: str = "udit-moe"
     _calm: dict[tuple[str, tuple[Hurt, ...]], Path] = field(default_factory=dict)
 
     def reference(self, layout: Layout, planted: tuple[Hurt, ...] = ()) -> Path:
@@ -226,7 +227,7 @@ class Bench:
     def _config(self, run: Path, data: Path | str) -> Path:
         return tiny.write(
             run.parent,
-            "udit-moe",
+            self.model,
             self.data,
             data__path=str(data),
             data__cache=str(run.parent / "cache"),

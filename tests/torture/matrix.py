@@ -196,10 +196,10 @@ def visit(sources: tuple[str, ...], out: str, *words: str) -> None:
         begin(self, *args)
 
     def batches(self: Loader, _cursor: Cursor) -> Iterator[Any]:
-        state, (cfg, _, facts, say) = states[0], made[0]
+        state, (cfg, _, *rest) = states[0], made[0]
         for number, source in enumerate(sources):
-            assert Checkpoint(cfg, Path(source), facts, say).restore(state), source
-            copy = Checkpoint(cfg, Path(out) / str(number), facts, say)
+            assert Checkpoint(cfg, Path(source), *rest).restore(state), source
+            copy = Checkpoint(cfg, Path(out) / str(number), *rest)
             copy.save(state)
             copy.wait()
             yield from itertools.islice(start(self, state.cursor), MORE)

@@ -43,17 +43,19 @@ def _name(case: Case) -> str:
 
 BY_NAME = {_name(case): case for case in reversed(drawn(0))}
 CASES = [
-    *QUICK,
-    *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
+    *(("dit-moe", name) for name in QUICK),
+    *(pytest.param("udit-moe", name, marks=pytest.mark.slow) for name in (*QUICK, *SLOW)),
 ]
 
 
 @pytest.fixture(scope="module")
-def bench(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return Bench(digits, tmp_path_factory.mktemp("torture"))
+def bench(
+    request: pytest.FixtureRequest, digits: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Bench:
+    return Bench(digits, tmp_path_factory.mktemp("torture"), model=request.param)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("bench", "name"), CASES, indirect=["bench"])
 def test_a_hurt_run_ends_as_the_calm_one(name: str, bench: Bench) -> None:
     case = BY_NAME[name]
     if case.disk and not may_mount(bench.folder):
@@ -70,6 +72,7 @@ def test_at_least_thirty_runs_are_hurt_and_each_seed_hurts_others() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("bench", ["udit-moe"], indirect=True)
 def test_a_run_that_was_not_hurt_and_one_that_ends_differently_are_red(bench: Bench) -> None:
     never = Hurt("kill all", "forward", STEPS + 5)
     outcome = bench.torture(Case("none", DP2, DP2, "all killed", (never,)))

@@ -54,7 +54,7 @@ def test_dit_has_its_published_counts(size: str, params: int, giga_macs: float) 
     ("size", "params", "trained", "merged"),
     [
         ("S", 58_896_568, 7.129, 6.021),
-        ("B", 231_251_304, 26.509, 22.179),
+        pytest.param("B", 231_251_304, 26.509, 22.179, marks=pytest.mark.slow),
         ("L", 916_335_304, 102.025, 84.909),
     ],
 )
@@ -175,7 +175,12 @@ def tree_of(cfg: Any, sizes: Degrees, **ema: Any) -> dict[str, Any]:
     ("path", "words", "ranks"),
     [
         ("configs/udit_xl_moe.yaml", (), 16),
-        ("configs/udit_xl_moe.yaml", ("data.global_batch=768", "accum=1", "remat.mode=none"), 16),
+        pytest.param(
+            "configs/udit_xl_moe.yaml",
+            ("data.global_batch=768", "accum=1", "remat.mode=none"),
+            16,
+            marks=pytest.mark.slow,
+        ),
         ("configs/dit_moe_xl_in256.yaml", ("model.size=G/2-16E2A", "mesh.dp_shard=32"), 32),
     ],
     ids=["flagship", "flagship without remat", "DiT-MoE-G"],
@@ -191,7 +196,9 @@ def test_the_largest_models_stand_as_planned_and_fit(
     assert values["gpu_hours"] == values["hours"] * ranks
 
 
-@pytest.mark.parametrize(("world", "mesh"), [(512, "ep=8"), (1024, "ep=64")])
+@pytest.mark.parametrize(
+    ("world", "mesh"), [pytest.param(512, "ep=8", marks=pytest.mark.slow), (1024, "ep=64")]
+)
 def test_a_thousand_ranks_are_built_fast_and_share_out_every_slot(world: int, mesh: str) -> None:
     words = [f"mesh.{mesh}", "mesh.dp_replicate=4", "mesh.dp_shard=null", "accum=1", "mesh.tp=2"]
     cfg = config.load("configs/udit_xl_moe.yaml", [*words, "data.global_batch=4096"])

@@ -79,7 +79,9 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", tiny.MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n == "udit" else ()) for n in tiny.MODELS]
+)
 @pytest.mark.parametrize(("mode", "every"), [("full", 1), ("selective", 1), ("full", 2)])
 def test_gradients_are_the_same_bits_and_routing_is_taken_once(
     name: str, mode: Mode, every: int

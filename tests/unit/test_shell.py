@@ -13,8 +13,8 @@ def shell(folder: Path, script: str, **settings: str) -> subprocess.CompletedPro
     """Runs a script that has sourced the library, as job 7 on the nodes a, b and c."""
     before = f"""
         source {ROOT}/slurm/lib.sh
-        HOSTS=(a b c) NODES=3 RANKS_PER_NODE=2 LOGS={folder}/logs RUN_DIR={folder} FROM=-1 ENDED=0
-        REPORT=$LOGS/7.0-health ATTEMPTS=$RUN_DIR/attempts.jsonl CODE_OF_RANKS=1
+        HOSTS=(a b c) NODES=3 RANKS_PER_NODE=2 LOGS={folder}/logs RUN_DIR={folder} FROM=-1
+        REPORT=$LOGS/7.0-health ATTEMPTS=$RUN_DIR/attempts.jsonl
         scontrol() {{ echo "x Command=train.sh steps=9 WorkDir=y Reason=None"; }}
         mkdir -p "$REPORT"
     """
@@ -123,7 +123,7 @@ def test_the_first_words_are_of_the_rank_that_failed_first(tmp_path: Path) -> No
     ],
 )
 def test_when_it_gives_up(outcomes: list[str], ends: bool, tmp_path: Path) -> None:
-    script = "".join(f"ENDED=0; end_attempt {word} 1 because; " for word in outcomes)
+    script = "".join(f"end_attempt {word} 1 because; " for word in outcomes)
     done = shell(tmp_path, script + "unless_stuck; echo goes on")
     assert ("goes on" not in done.stdout) is ends, done.stdout + done.stderr
     assert done.returncode == int(ends)
@@ -158,3 +158,20 @@ def test_two_jobs_do_not_train_into_one_run(tmp_path: Path) -> None:
     assert gone.returncode == 0
     last = json.loads((tmp_path / "attempts.jsonl").read_text().splitlines()[-1])
     assert (last["outcome"], last["job"]) == ("lost", "6")
+
+
+@pytest.mark.parametrize("line", ["run_dir: /fsx/x", 'run_dir: "/fsx/x"  # where', "steps: 1"])
+def test_a_run_goes_where_the_configuration_says(line: str, tmp_path: Path) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text(line + "\n")
+    done = shell(tmp_path, f"unset RUN_DIR; settings {config} steps=2; echo $RUN_DIR")
+    assert done.stdout == ("/fsx/x\n" if "run_dir" in line else "runs/mine\n")
+    given = shell(tmp_path, f"unset RUN_DIR; settings {config} run_dir=/y; echo $RUN_DIR")
+    assert given.stdout == "/y\n"
+
+
+def test_an_unknown_launcher_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    done = shell(tmp_path, "train_until_done", LAUNCHER="mpirun")
+    assert done.returncode == 2
+    assert "LAUNCHER=mpirun: expected srun" in done.stderr
+    assert not (tmp_path / "attempts.jsonl").exists()

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from data_pipeline.cursor import Cursor
@@ -12,10 +13,9 @@ from parallel import launch
 from parallel.mesh import Mesh, MeshConfig, degrees
 from parallel.remat import RematConfig
 from parallel.shards import Piece
-from pretrain import config
 from pretrain.ema import EMAConfig
 from pretrain.guard import GuardConfig
-from pretrain.models.udit import UDiTConfig
+from pretrain.models.build import ModelConfig
 from pretrain.optim import OptimConfig
 from pretrain.parallelize import EngineName, parallelize
 from pretrain.state import TrainState
@@ -29,13 +29,13 @@ def values(state: TrainState) -> dict[str, Tensor]:
     }
 
 
-def restarts(engine: EngineName, layout: dict[str, Any]) -> None:
+def restarts(model_name: str, engine: EngineName, layout: dict[str, Any]) -> None:
     place = launch.Place.here()
     device = launch.join(place, threads=1, timeout=timedelta(seconds=60))
-    shape = {"input_size": 8, "in_channels": 16, "num_classes": 10, "zero_init_std": 0.05}
+    tree: dict[str, Any] = tiny.MODELS[model_name] | {"input_size": 8, "in_channels": 16}
     # why: under muP, so that the starts are not those that the layers declare.
-    shape["mup"] = {"base_width": 8}
-    cfg = config.part(UDiTConfig, tiny.MODELS["udit-moe"] | shape)
+    tree |= {"num_classes": 10, "mup": {"base_width": tree["width"] // 2}}
+    cfg = TypeAdapter(ModelConfig).validate_python(tree)
     cut = MeshConfig(**layout)
     backend = parallelize(
         cfg,
@@ -70,13 +70,15 @@ def restarts(engine: EngineName, layout: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("engine", "world", "layout"),
+    ("model", "engine", "world", "layout"),
     [
-        ("fsdp2", 3, {"dp_replicate": 3}),
-        ("fsdp2", 4, {"tp": 2, "ep": 2}),
-        ("zero1", 2, {"ep": 2}),
-        ("zero3", 2, {}),
+        ("dit-moe", "fsdp2", 3, {"dp_replicate": 3}),
+        ("udit-moe", "fsdp2", 4, {"tp": 2, "ep": 2}),
+        ("dit-moe", "zero1", 2, {"ep": 2}),
+        ("dit-moe", "zero3", 2, {}),
     ],
 )
-def test_a_restart_is_the_start(engine: str, world: int, layout: dict[str, Any]) -> None:
-    ranks.run(restarts, world, engine, layout)
+def test_a_restart_is_the_start(
+    model: str, engine: str, world: int, layout: dict[str, Any]
+) -> None:
+    ranks.run(restarts, world, model, engine, layout)
