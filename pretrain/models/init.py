@@ -40,10 +40,9 @@ class Xavier:
 
 @dataclass(frozen=True)
 class Normal:
-    """Zero-mean normal; zero beyond the first `columns` of the second dim, if given."""
+    """Zero-mean normal."""
 
     std: float
-    columns: int | None = None
 
 
 @dataclass(frozen=True)
@@ -123,10 +122,8 @@ class Filler:
                 local.zero_()
             case Zero():
                 self._rows(name, local, box, _normal, self._zero_std)
-            case Normal(std, columns):
+            case Normal(std):
                 self._rows(name, local, box, _normal, std)
-                if columns is not None:
-                    local[:, max(0, columns - box.offset[1]) :].zero_()
             case Uniform(bound):
                 self._rows(name, local, box, _uniform, bound)
             case Xavier(fan_in, fan_out):

@@ -10,8 +10,7 @@ multipliers, which the config derives (`readout_scale`, `residual_scale`), and t
 | input-like: only fan_out grows             | N(0, 1/fan_in)   | 1   | 1     | 1                 |
 | label table                                | N(0, 1)          | 1   | 1     | 1                 |
 | readout: the last linear or convolution    | 0                | 1   | 1     | output_mult/m     |
-| router: n = fan_in/m of its columns        | N(0, 1/n)        | 1/m | m     | 1                 |
-| router: its other columns                  | 0                | 1/m | m     | 1                 |
+| router                                     | N(0, 0.1²/fan_in)| 1/m | m     | 1                 |
 | router's time term                         | 0                | 1/m | m     | 1                 |
 | depthwise k×k                              | N(0, 1/k²)       | 1   | 1     | 1                 |
 | bias, qk-norm, cosine scale                | as declared      | 1   | 1     | 1                 |
@@ -23,10 +22,10 @@ depthwise kernels each has a third of the variance, so that their merged sum has
 Where this is not what the package says, and why:
 - Router (growing fan_in, finite fan_out, no readout). The package would have the learning rate 1, a
   multiplier 1/m and a start that shrinks the logits by sqrt(m). Adam's updates move the logits
-  equally in both; here they start of one size at every width, so that routing starts alike. It
-  reads as many channels at the start as at base_width: reading all of them by N(0, 1/fan_in), the
-  gradient of an auxiliary loss, which comes through this matrix alone, would move the tokens along
-  its rows and the logits by sqrt(m) more than at base_width.
+  equally in both; here they start of one size at every width, so that routing starts alike. That
+  size is small because the gradient that comes through this matrix (an auxiliary loss has no other
+  way) moves the tokens along its rows, and with them the logits by its size times sqrt(fan_in): at
+  0.1 the router's own updates are far above that, at 1 they are not (LOG.md).
 - Depthwise kernels. The package gives learning rate 1 as here, but leaves the start as it was:
   xavier's fan_out holds the width, so the kernels would vanish as it grows.
 - Cosine scale: one number a head. Learning rate 1 as in the package; q and k are normalised over a
@@ -57,6 +56,7 @@ Kind = Literal["hidden", "input", "table", "readout", "router", "depthwise", "ve
 # of a model knows.
 _FREE = {"size", "width", "num_heads", "head_dim", "zero_init_std", "moe.dispatcher"}
 _FREE |= {"moe.capacity"}
+_ROUTER = 0.1  # size of its logits at the start
 
 
 class MupError(ValueError):
@@ -97,11 +97,9 @@ def rules(cfg: ModelConfig) -> Mapping[str, Rule]:
     found: dict[str, Rule] = {}
     for name, module, own, parameter in _parameters(model):
         kind = _kind(module, parameter, readout=name.startswith(f"{model.readout}."))
-        ratio = parameter.infshape.width_mult()
-        summed = 3 if module in parallel else 1
-        init = _start(kind, module.inits[own], parameter.shape, summed, ratio)
+        init = _start(kind, module.inits[own], parameter.shape, 3 if module in parallel else 1)
         scale = cfg.readout_scale if kind == "readout" else 1.0
-        found[name] = Rule(kind, init, *_adamw(kind, ratio), scale)
+        found[name] = Rule(kind, init, *_adamw(kind, parameter.infshape.width_mult()), scale)
     return found
 
 
@@ -191,8 +189,8 @@ def _kind(module: nn.Module, parameter: Any, *, readout: bool) -> Kind:
     return "input"
 
 
-def _start(kind: Kind, declared: Init, shape: torch.Size, parallel: int, ratio: float) -> Init:
-    """parallel: how many kernels are summed to one. ratio: m."""
+def _start(kind: Kind, declared: Init, shape: torch.Size, parallel: int) -> Init:
+    """parallel: how many kernels are summed to one."""
     if kind == "vector" or (kind == "router" and isinstance(declared, Zero)):
         return declared
     if kind == "table":
@@ -201,10 +199,8 @@ def _start(kind: Kind, declared: Init, shape: torch.Size, parallel: int, ratio: 
         return Zero()
     # why: (E, out, in) of experts; all others are (out, in, ...).
     fan_in = math.prod(shape[2:] if len(shape) == 3 else shape[1:])
-    if kind == "router" and ratio > 1:
-        columns = round(fan_in / ratio)
-        return Normal(1 / math.sqrt(columns), columns)
-    return Normal(1 / math.sqrt(parallel * fan_in))
+    size = _ROUTER if kind == "router" else 1.0
+    return Normal(size / math.sqrt(parallel * fan_in))
 
 
 def _adamw(kind: Kind, ratio: float) -> tuple[float, float]:
