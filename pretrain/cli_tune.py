@@ -13,6 +13,9 @@ from parallel import launch
 from pretrain import config
 from pretrain.benches.record import record
 from pretrain.manifest import write_whole
+from pretrain.metrics import plain
+from pretrain.optim import OptimConfig
+from pretrain.run import check_place
 from pretrain.showing import AsJson, show
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")]
@@ -28,7 +31,7 @@ def coord_check(
     steps: Annotated[int, typer.Option(min=2)] = 8,
     batch: Annotated[int, typer.Option(min=1, help="Random latents, the same at each step.")] = 4,
     lr: Annotated[
-        float, typer.Option(min=0, help="Not the config's: so large that few steps show.")
+        float, typer.Option(help="Not the config's: so large that few steps show.")
     ] = 1e-3,
     out: Annotated[Path | None, typer.Option(help="Directory; default: in run_dir.")] = None,
     as_json: AsJson = False,
@@ -45,14 +48,14 @@ def coord_check(
     axis = "width" if widths else "depth"
     members = _of_widths(cfg.model, widths) if widths else _of_depths(cfg.model, depths)
     torch.set_num_threads(cfg.threads or launch.default_threads(launch.Place.here()))
-    how = coordinates.CheckConfig(
-        cfg.objective, cfg.optim.model_copy(update={"lr": lr}), cfg.clip, batch, steps, seeds
-    )
+    optim = config.part(OptimConfig, cfg.optim.model_dump() | {"lr": lr})
+    how = coordinates.CheckConfig(cfg.objective, optim, cfg.clip, batch, steps, seeds)
+    folder = out or Path(cfg.run_dir) / "coord-check"
+    check_place(folder)
     sizes, verdicts = coordinates.check(
         members, how, lambda line: print(f"{axis} {line}", file=sys.stderr, flush=True)
     )
     passes = all(verdict.passes for verdict in verdicts)
-    folder = out or Path(cfg.run_dir) / "coord-check"
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{cfg.parametrisation}-{axis}"
     coordinates.draw_sizes(
@@ -63,12 +66,13 @@ def coord_check(
         f"{path.stem}, {cfg.parametrisation}, lr {lr:g}",
     )
     asked = {"steps": steps, "batch": batch, "lr": lr, "seeds": seeds}
-    verdict = {"passes": passes, "limit": coordinates.LIMIT}
+    verdict = {"passes": passes, "limit": coordinates.LIMIT, "limit_moved": coordinates.MOVED}
     head = record("coord-check", launch.Place.here()) | asked | {f"{axis}s": list(members)}
     slopes = [asdict(one) for one in verdicts]
     found = head | verdict | {"slopes": slopes, "sizes": [asdict(size) for size in sizes]}
     found |= {"config": cfg.model_dump(mode="json"), "command": sys.argv}
-    write_whole(folder / f"{stem}.json", json.dumps(found, indent=1))
+    found = plain(found)
+    write_whole(folder / f"{stem}.json", json.dumps(found, indent=1, allow_nan=False))
     brief = {"parametrisation": cfg.parametrisation, f"{axis}s": list(members)} | asked | verdict
     shown = found if as_json else brief | {"picture": str(folder / f"{stem}.png"), "slopes": slopes}
     show(shown, as_json)
@@ -148,14 +152,21 @@ def _conclude(sweep: Any, target: Path | None, as_json: bool) -> None:
     found, out = tune_report.save(sweep), sweep.search.out
     tune_report.draw(out / tune_report.PICTURE, sweep)
     written = [out / tune_report.RESULTS, out / tune_report.PICTURE]
-    if target is not None and found["complete"]:
-        written.append(tune_target.write(sweep, target, found, sys.argv[1:]))
     show(found if as_json else tune_report.brief(found), as_json)
     print(*written, sep="\n", file=sys.stderr)
     if not found["complete"]:
-        slurms = f"; {out / trials.POINTS} leaves them to Slurm" if trials.handed_over(out) else ""
+        points = out / trials.POINTS
+        slurms = f"; {points} leaves them to Slurm, remove it to train them here"
+        slurms = slurms if trials.handed_over(out) else ""
         print(f"not all trials have a result, the same command goes on{slurms}", file=sys.stderr)
         raise typer.Exit(1)
+    if target is not None:
+        tuned = tune_target.write(sweep, target, found, sys.argv[1:])
+        said = (
+            tuned or f"every trial of width {sweep.search.widths[-1]} diverged: no tuned {target}"
+        )
+        print(said, file=sys.stderr)
+        raise typer.Exit(0 if tuned else 1)
 
 
 def _of_widths(model: Any, text: str) -> dict[int, Any]:
@@ -165,27 +176,30 @@ def _of_widths(model: Any, text: str) -> dict[int, Any]:
     found = {}
     for word in text.split(","):
         times = word.endswith("x")
-        number = _number(word.removesuffix("x"), f"--widths {text}: {word!r}")
-        width = number * model.width if times else number
-        found[round(width)] = at_width(model, round(width), f"--widths {text}: {word}")
+        unit = model.width if times else 1
+        width = _whole(word.removesuffix("x"), f"--widths {text}: {word!r}", unit)
+        found[width] = at_width(model, width, f"--widths {text}: {word}")
     return found
 
 
 def _of_depths(model: Any, text: str) -> dict[int, Any]:
     found = {}
     for word in text.split(","):
-        depth = round(_number(word, f"--depths {text}: {word!r}"))
+        depth = _whole(word, f"--depths {text}: {word!r}")
         if not isinstance(model.depth, int):
             raise config.ConfigError(f"--depths {text}: the depth of a U-DiT is that of its family")
         found[depth] = config.part(type(model), model.model_dump() | {"size": None, "depth": depth})
     return found
 
 
-def _number(word: str, what: str) -> float:
+def _whole(word: str, what: str, unit: int = 1) -> int:
+    """A number of units, which has to make a whole number above 0."""
     try:
-        number = float(word)
+        number = float(word) * unit
     except ValueError:
         number = 0.0
-    if not number > 0:
-        raise config.ConfigError(f"{what} is no number above 0; write such as 1x,2x,4x or 96,192")
-    return number
+    if not (number > 0 and number.is_integer()):
+        raise config.ConfigError(
+            f"{what} is no whole number above 0; write such as 1x,2x,4x or 96,192"
+        )
+    return int(number)

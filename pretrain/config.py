@@ -96,6 +96,11 @@ class Config(BaseModel):
                 )
             at_width(self.model, mup.base_width, "model.mup.base_width")
         elif mup is not None:
+            if "parametrisation" not in self.model_fields_set:
+                raise ValueError(
+                    "model.mup is set, and parametrisation is standard, which has no use for it; "
+                    "set parametrisation=mup, or say parametrisation=standard"
+                )
             # why: so that one override, parametrisation=standard, gives the model as published.
             plain = self.model.model_copy(update={"mup": None})
             return self.model_copy(update={"model": plain})
@@ -107,6 +112,11 @@ def load(path: str | Path, overrides: list[str]) -> Config:
 
     Raises ConfigError for a missing file, broken YAML, an unknown key or a wrong value.
     """
+    return validate(read(path, overrides))
+
+
+def read(path: str | Path, overrides: list[str]) -> dict[str, Any]:
+    """The same as plain values, not yet checked."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist; give a YAML file, see configs/")
@@ -122,7 +132,8 @@ def load(path: str | Path, overrides: list[str]) -> Config:
             tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([_yaml_number(item)]))
     with _readable(f"the configuration in {path}"):
         plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
-    return validate(plain)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 
 A few steps are trained at several widths and seeds, on one process in float32, with the optimizer's
 own factors. What is measured is the mean absolute activation, by type of layer: at the start, after
-the first step and after the last, and how far the last is from the start. Each is fitted as
-size ~ width^slope; under muP no slope is far from 0.
+the first step and after the last, and how far the last is from the start: the start may hide a
+learning rate that does not fit. Each is fitted as size ~ width^slope; under muP no slope is far
+from 0.
 
 Latents, labels, noise and times are random numbers of the seed, the same at every step and width:
 no data is read, and what is measured is what is trained on. No schedule, averages or checkpoints.
@@ -42,6 +43,7 @@ from pretrain.objectives import Objective
 from pretrain.optim import AdamW, OptimConfig
 
 LIMIT = 0.1  # largest slope, either way, that counts as none
+MOVED = 0.2  # the same for how far training has moved them: smaller numbers, which scatter more
 _SPAN = 4.0  # a panel shows at least sizes from 1/4 to 4 times its middle
 TIMES = ("init", "first", "last", "moved")  # when sizes are taken; moved: last minus init
 
@@ -112,7 +114,7 @@ class Verdict:
     first: float | None
     last: float | None
     moved: float | None
-    error: float  # largest standard error of the slopes that are judged; more seeds make it less
+    error: float | None  # largest standard error of what is judged; more seeds make it less
     passes: bool
 
 
@@ -138,8 +140,9 @@ def check(
 
 
 def judge(sizes: Sequence[Size]) -> list[Verdict]:
-    """A type passes if its sizes at the start and after the last step have no slope; what is
-    exactly 0 at the start has to be flat from the first step at which it is not."""
+    """A type passes if its sizes at the start and after the last step, and what lies between, have
+    no slope; what is exactly 0 at the start has to be flat from the first step at which it is not.
+    """
     by_layer: dict[str, list[Size]] = defaultdict(list)
     for size in sizes:
         by_layer[size.layer].append(size)
@@ -149,10 +152,10 @@ def judge(sizes: Sequence[Size]) -> list[Verdict]:
         begins = "first" if all(row.init == 0 for row in rows) else "init"
         late = begins == "first" and all(row.first == 0 for row in rows)
         checked = ("last",) if late else (begins, "last")
-        judged = [fits[when] for when in checked]
-        passes = all(one is not None and abs(one[0]) <= LIMIT for one in judged)
+        judged = [(fits[when], LIMIT) for when in checked] + [(fits["moved"], MOVED)]
+        passes = all(one is not None and abs(one[0]) <= limit for one, limit in judged)
         slopes = {when: one and one[0] for when, one in fits.items()}
-        error = max((one[1] for one in judged if one is not None), default=math.nan)
+        error = max((one[1] for one, _ in judged if one is not None), default=None)
         verdicts.append(Verdict(layer, **slopes, error=error, passes=passes))
     return verdicts
 
@@ -376,7 +379,8 @@ def draw_sizes(
         panel.set_ylim(min(low, middle / _SPAN), max(high, middle * _SPAN))
         panel.set_xscale("log", base=2)
         panel.set_xticks(places, [str(place) for place in places])
-        slopes = ", ".join("–" if s is None else f"{s:+.2f}" for s in (verdict.init, verdict.last))
+        shown = (verdict.init, verdict.last, verdict.moved)
+        slopes = ", ".join("–" if s is None else f"{s:+.2f}" for s in shown)
         panel.set_title(
             f"{verdict.layer} ({slopes})", size=9, color="black" if verdict.passes else "red"
         )
@@ -384,6 +388,8 @@ def draw_sizes(
         panel.set_axis_off()
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=4)
     figure.suptitle(
-        f"{title}: mean |activation| over {axis} (slope at init, at the end)", x=0.01, ha="left"
+        f"{title}: mean |activation| over {axis} (slopes: init, last, last − init)",
+        x=0.01,
+        ha="left",
     )
     figure.savefig(path, dpi=100)

@@ -103,9 +103,9 @@ class Log:
         if not self._sinks:
             return
         # sync: tensors are copied to the host here, and nowhere else in this module.
-        plain = {key: _plain(value) for key, value in values.items()}
+        record = {key: plain(value) for key, value in values.items()}
         for sink in self._sinks:
-            sink.record(step, plain)
+            sink.record(step, record)
 
     def say(self, text: str) -> None:
         """A sentence for people: console and log.txt."""
@@ -191,16 +191,16 @@ def _worst_by_time(layers: list[dict[str, Any]], key: str, pick: Pick) -> list[f
     return [_worst(of_a_bin, pick) for of_a_bin in bins]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """What JSON can hold, at full precision; a number that is not finite becomes None."""
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu().tolist()
     elif isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -13,7 +13,11 @@ class TuningConfig(BaseModel):
     parameters: dict[str, str]  # what was searched, by key
     values: dict[str, int | float | str]  # the best of the widest proxy, as set here
     widths: tuple[PositiveInt, ...]  # of the proxies
-    seeds: PositiveInt  # of the best points
+    loss: float  # of these values, the mean over seeds
+    seeds: PositiveInt  # of that loss
+    spread: float | None  # of that loss over its seeds
+    at_edge: tuple[str, ...]  # keys whose value is the first or last that was tried
+    transfers: bool | None  # from the narrowest proxy to the widest; null: cannot be said
     trials: PositiveInt
     diverged: NonNegativeInt  # of these
     flops: NonNegativeInt  # of all trials, counted as those of a run are

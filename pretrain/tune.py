@@ -16,6 +16,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, Protocol
@@ -131,8 +132,12 @@ class Sweep:
         self.search = search
         self.base = config.load(search.path, list(search.overrides))
         check_place(search.out)
-        if self.base.steps < LAST:
-            raise TuneError(f"steps={self.base.steps}: a trial needs at least {LAST}; set steps")
+        for word in search.overrides:
+            if word.partition("=")[0] in {own.partition("=")[0] for own in (*LEAN, "run_dir=")}:
+                raise TuneError(
+                    f"{word}: tune sets that by itself ({', '.join(LEAN)}, run_dir=OUT/TRIAL); "
+                    "leave it out, or give --out"
+                )
         for key, times in Counter(one.key for one in search.spaces).items():
             if key in OWN or times > 1:
                 why = "is no parameter of a search" if key in OWN else "is there twice"
@@ -154,19 +159,29 @@ class Sweep:
         self._results: dict[str, Outcome] = {}
         self._failed: dict[str, str] = {}  # why, by name
         firsts = [(width, point, 0) for point in points for width in search.widths]
-        self._firsts = self._made(firsts)
+        self.firsts = self._made(firsts)  # trials of the first seed
 
     def trials(self) -> list[Trial]:
-        """All that are wanted, as far as that is known: those of the first seed and, at widths
-        where these have ended, the further seeds of the best points."""
-        search, further = self.search, []
-        for width in search.widths if search.seeds > 1 else ():
-            own = {t.point: self.outcome(t) for t in self._firsts if t.width == width}
-            if all(outcome.is_result for outcome in own.values()):
-                losses = {point: [loss_of(o.loss)] for point, o in own.items()}
-                best = ranked(losses)[: search.best]
-                further += [(width, p, index) for p in best for index in range(1, search.seeds)]
-        return self._firsts + self._made(further[: self._room - len(self._firsts)])
+        """All that are wanted, as far as that is known: those of the first seed and, when these
+        have ended, the further seeds of the best points of each width."""
+        search, further = self.search, list[tuple[int, Point, int]]()
+        if self.whole():
+            best = {width: ranked(own)[: search.best] for width, own in self._scores().items()}
+            # The order is that of a budget: all widths have a second seed before one has a third.
+            for index, rank in product(range(1, search.seeds), range(search.best)):
+                further += [(w, own[rank], index) for w, own in best.items() if rank < len(own)]
+        return self.firsts + self._made(further[: self._room - len(self.firsts)])
+
+    def whole(self) -> bool:
+        """Whether every trial of the first seed has a result."""
+        return all(self.outcome(trial).is_result for trial in self.firsts)
+
+    def _scores(self) -> dict[int, dict[Point, list[float]]]:
+        """Those of the first seed, by width and point."""
+        found: dict[int, dict[Point, list[float]]] = {width: {} for width in self.search.widths}
+        for trial in self.firsts:
+            found[trial.width][trial.point] = [loss_of(self.outcome(trial).loss)]
+        return found
 
     def outcome(self, trial: Trial) -> Outcome:
         if trial.name in self._results:
@@ -232,6 +247,8 @@ class Sweep:
                             trial.log.parent.mkdir(parents=True, exist_ok=True)
                             env = _alone(slot, Path(meeting) / trial.name)
                             running[slot] = trial, start(self._words(trial, jobs), env, trial.log)
+                            if asked:  # while it was started, when it could not be told
+                                running[slot][1].send_signal(signal.SIGTERM)
                     for slot, (trial, process) in list(running.items()):
                         code = process.poll()
                         if code is not None:
@@ -292,6 +309,8 @@ class Sweep:
         place = f"run_dir={search.out / label}"
         cfg = config.load(search.path, [*search.overrides, *words, place])
         assert cfg.model.heads() == model.heads(), f"{words} make {cfg.model.heads()}"
+        if cfg.steps < LAST:
+            raise TuneError(f"steps={cfg.steps}: a trial needs at least {LAST}; set steps")
         _refuse_another(cfg)
         return Trial(label, width, point, seed, tuple(words), cfg)
 

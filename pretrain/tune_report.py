@@ -10,6 +10,7 @@ from typing import Any
 from parallel.launch import Place
 from pretrain.benches.record import record
 from pretrain.manifest import write_whole
+from pretrain.metrics import plain
 from pretrain.models.build import ModelConfig
 from pretrain.plan import flops_per_image
 from pretrain.tune import SCORE, Outcome, Sweep, Trial
@@ -28,6 +29,8 @@ def results(sweep: Sweep) -> dict[str, Any]:
     rows = [_row(search.spaces, *one, counted) for one in trials]
     states = [outcome.state for _, outcome in trials]
     losses = sweep.losses()
+    # why: of a search that is not through, what is best so far is no verdict.
+    judged = losses if sweep.whole() else {width: {} for width in losses}
     asked = {
         "config": str(search.path),
         "overrides": list(search.overrides),
@@ -51,7 +54,7 @@ def results(sweep: Sweep) -> dict[str, Any]:
         "complete": all(outcome.is_result for _, outcome in trials),
         "flops": sum(row["flops"] for row in rows),
         "seconds": sum(row["seconds"] for row in rows),
-        "verdict": _finite(verdict(search.spaces, losses, gridded=search.random is None)),
+        "verdict": plain(verdict(search.spaces, judged, gridded=search.random is None)),
         "losses": table(search.spaces, losses),
         "trials": rows,
     }
@@ -135,15 +138,6 @@ def _cell(losses: Sequence[float]) -> str:
 def _order(point: Point) -> tuple[tuple[bool, float, str], ...]:
     """Numbers by size, before words."""
     return tuple((True, 0.0, v) if isinstance(v, str) else (False, float(v), "") for v in point)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no inf: the loss of a trial that diverged is null."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def draw(path: Path, sweep: Sweep) -> None:

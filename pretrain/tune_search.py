@@ -175,11 +175,16 @@ def ranked(losses: Losses) -> list[Point]:
 def verdict(spaces: Sequence[Space], by_width: Mapping[int, Losses], *, gridded: bool) -> Any:
     """The best point of each width, and for one numeric parameter whether it transfers.
 
-    factor: the best value of the widest model ÷ that of the narrowest; moves: grid steps between
-    them; transfers: at most one; wider_is_better: at the narrowest's best value each wider model
-    has a lower loss, over the seeds that all have there. null where that cannot be said.
+    factor: the best value of the widest model ÷ that of the narrowest; moves: steps between them
+    on the grid, as far as it was tried; transfers: at most one, and neither is the first or last
+    that was tried; wider_is_better: at the narrowest's best value each wider model has a lower
+    loss, over the seeds that all have there. null where that cannot be said.
     """
     widths = sorted(by_width)
+    tried = [
+        sorted({point[i] for own in by_width.values() for point in own}, key=str)
+        for i in range(len(spaces))
+    ]
     firsts = {width: next(iter(ranked(by_width[width])), None) for width in widths}
     rows = []
     for width, point in firsts.items():
@@ -189,7 +194,7 @@ def verdict(spaces: Sequence[Space], by_width: Mapping[int, Losses], *, gridded:
         row["values"] = dict(zip(keys, point, strict=True)) if point is not None else None
         row |= {"loss": mean(own) if own else None, "seeds": len(own)}
         row |= {"spread": max(own) - min(own) if len(own) > 1 else None}
-        rows.append(row | {"at_edge": _edges(spaces, point) if gridded and point else []})
+        rows.append(row | {"at_edge": _edges(keys, tried, point) if gridded and point else []})
     found: dict[str, Any] = {"best": rows, "factor": None, "moves": None, "transfers": None}
     found |= {"transferred": None, "losses_there": None, "wider_is_better": None}
     first, last = firsts[widths[0]], firsts[widths[-1]]
@@ -205,18 +210,20 @@ def verdict(spaces: Sequence[Space], by_width: Mapping[int, Losses], *, gridded:
     if last is None or isinstance(first[0], str) or isinstance(last[0], str):
         return found
     found["factor"] = last[0] / first[0] if first[0] else None
-    if gridded and not any(isinstance(value, str) for value in spaces[0].values):
-        steps = sorted(spaces[0].values)
+    if gridded and (steps := _numbers(tried[0])):
         moves = abs(steps.index(last[0]) - steps.index(first[0]))
-        found |= {"moves": moves, "transfers": moves <= 1}
+        open_ended = rows[0]["at_edge"] or rows[-1]["at_edge"]
+        found |= {"moves": moves, "transfers": False if moves > 1 else None if open_ended else True}
     return found
 
 
-def _edges(spaces: Sequence[Space], point: Point) -> list[str]:
+def _edges(keys: Sequence[str], tried: Sequence[Sequence[Value]], point: Point) -> list[str]:
     """Keys whose best value is the first or last that was tried: the true one may lie outside."""
-    numeric = [
-        (one, value)
-        for one, value in zip(spaces, point, strict=True)
-        if len(one.values) > 1 and not any(isinstance(other, str) for other in one.values)
-    ]
-    return [one.key for one, v in numeric if v in (min(one.values), max(one.values))]
+    ends = [(steps[0], steps[-1]) if (steps := _numbers(own)) else () for own in tried]
+    return [key for key, v, two in zip(keys, point, ends, strict=True) if v in two]
+
+
+def _numbers(values: Sequence[Value]) -> list[int | float]:
+    """In order; none if one is a word."""
+    found = [value for value in values if not isinstance(value, str)]
+    return sorted(found) if len(found) == len(values) else []

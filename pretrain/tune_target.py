@@ -1,11 +1,12 @@
 """What a sweep found, written for the run it was made for: configs/X_tuned.yaml beside X.yaml."""
 
 import shlex
+from collections.abc import Iterator, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from pretrain import config
 from pretrain.manifest import write_whole
@@ -15,12 +16,15 @@ from pretrain.run import commit
 from pretrain.tune import Sweep
 from pretrain.tune_search import Point, TuneError
 
+# Beside the model: what a best value depends on.
+_ALIKE = ("objective", "optim", "schedule.kind", "clip")
+
 
 def check(sweep: Sweep, target: Path) -> Path:
     """The file that would be written.
 
-    Raises TuneError or MupError, before anybody waits for trials, if what the proxies tell does not
-    hold for the target, or if the file is there and not this sweep's.
+    Raises ConfigError, TuneError or MupError, before anybody waits for trials, if what the proxies
+    tell does not hold for the target, or if the file is there and not this sweep's.
     """
     if sweep.base.parametrisation != "mup":
         raise TuneError(
@@ -28,8 +32,8 @@ def check(sweep: Sweep, target: Path) -> Path:
             "over to another width; set parametrisation=mup, or leave --target out"
         )
     tuned = target.with_name(f"{target.stem}_tuned.yaml")
-    first = sweep.trials()[0].point
-    check_family(sweep.base.model, config.validate(_filled(sweep, target, first)).model)
+    for trial in sweep.firsts:
+        check_family(trial.cfg.model, config.validate(_filled(sweep, target, trial.point)).model)
     if tuned.exists():
         theirs = config.load(tuned, []).tuning
         if theirs is None or Path(theirs.sweep) != sweep.search.out:
@@ -40,15 +44,16 @@ def check(sweep: Sweep, target: Path) -> Path:
     return tuned
 
 
-def write(sweep: Sweep, target: Path, found: dict[str, Any], command: list[str]) -> Path:
+def write(sweep: Sweep, target: Path, found: dict[str, Any], command: list[str]) -> Path | None:
     """The target with the best point of the widest proxy, muP, and where that comes from.
 
-    found: all of a sweep that is complete. Raises TuneError if every trial there diverged.
+    found: all of a sweep that is complete. None: every trial of the widest proxy diverged, so there
+    is nothing to write.
     """
-    tuned, spaces = check(sweep, target), sweep.search.spaces
-    best = max(found["verdict"]["best"], key=lambda row: row["width"])
+    tuned, spaces, verdict = check(sweep, target), sweep.search.spaces, found["verdict"]
+    best = max(verdict["best"], key=lambda row: row["width"])
     if best["loss"] is None:
-        raise TuneError(f"every trial of width {best['width']} diverged: there is nothing to write")
+        return None
     tree = _filled(sweep, target, tuple(best["values"].values()))
     tree.pop("run_dir", None)
     tree["tuning"] = TuningConfig(
@@ -57,7 +62,11 @@ def write(sweep: Sweep, target: Path, found: dict[str, Any], command: list[str])
         parameters={one.key: one.text for one in spaces},
         values=best["values"],
         widths=sweep.search.widths,
-        seeds=sweep.search.seeds,
+        loss=best["loss"],
+        seeds=best["seeds"],
+        spread=best["spread"],
+        at_edge=best["at_edge"],
+        transfers=verdict["transfers"],
         trials=len(found["trials"]),
         diverged=found["counts"].get("diverged", 0),
         flops=found["flops"],
@@ -66,6 +75,7 @@ def write(sweep: Sweep, target: Path, found: dict[str, Any], command: list[str])
     ).model_dump(mode="json")
     head = (
         f"{target.name} under muP, with what was best for {sweep.search.path.name}.",
+        *_doubts(sweep, target, verdict),
         "",
         f"    pretrain train {tuned}",
         "",
@@ -80,17 +90,38 @@ def write(sweep: Sweep, target: Path, found: dict[str, Any], command: list[str])
     return tuned
 
 
+def _doubts(sweep: Sweep, target: Path, verdict: Mapping[str, Any]) -> Iterator[str]:
+    """What speaks against carrying the best values over."""
+    if verdict["transfers"] is False:
+        yield f"CAUTION: between the proxies the best value moved by {verdict['moves']} steps."
+    elif verdict["transfers"] is None:
+        yield "CAUTION: these proxies do not tell whether it transfers."
+    edges = {key for row in verdict["best"] for key in row["at_edge"]}
+    if edges:
+        yield f"CAUTION: best at the end of what was tried: {', '.join(sorted(edges))}."
+    searched = {one.key for one in sweep.search.spaces}
+    ours, theirs = (_leaves(one.model_dump()) for one in (sweep.base, config.load(target, [])))
+    for key in sorted(ours.keys() | theirs.keys()):
+        alike = any(key == part or key.startswith(f"{part}.") for part in _ALIKE)
+        if alike and key not in searched and ours.get(key) != theirs.get(key):
+            yield f"CAUTION: {key} is {ours.get(key)} in the proxy and {theirs.get(key)} here."
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = isinstance(value, dict)
+        found |= _leaves(value, f"{prefix}{key}.") if inner else {prefix + key: value}
+    return found
+
+
 def _filled(sweep: Sweep, target: Path, point: Point) -> dict[str, Any]:
-    """The target's own keys, with a point of the search and the proxy's muP."""
-    config.load(target, [])
-    tree = OmegaConf.load(target)
-    assert isinstance(tree, DictConfig)
+    """The target's own keys, with the proxy's muP and a point of the search, read as a trial's."""
     mup = sweep.base.model.mup
     assert mup is not None, "a proxy under muP states its base width"
-    OmegaConf.update(tree, "parametrisation", "mup")
-    OmegaConf.update(tree, "model.mup", mup.model_dump(exclude_defaults=True), merge=False)
-    for one, value in zip(sweep.search.spaces, point, strict=True):
-        OmegaConf.update(tree, one.key, value)
-    plain = OmegaConf.to_container(tree, resolve=True)
-    assert isinstance(plain, dict)
-    return {"run_dir": f"runs/{target.stem}_tuned"} | {str(k): v for k, v in plain.items()}
+    words = ["parametrisation=mup"]
+    for key, value in mup.model_dump().items():
+        words.append(f"model.mup.{key}={'null' if value is None else value}")
+    searched = [one.key for one in sweep.search.spaces]
+    words += [f"{key}={value}" for key, value in zip(searched, point, strict=True)]
+    return {**config.read(target, words), "run_dir": f"runs/{target.stem}_tuned"}

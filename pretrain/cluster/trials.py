@@ -17,7 +17,7 @@ from pretrain.tune_search import TuneError
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "slurm" / "mup_sweep.sh"
 POINTS, NOTE = "points.txt", "slurm.json"
-LIMIT = 30.0  # seconds that Slurm gets to answer
+LIMIT = 60.0  # seconds that Slurm gets to answer
 
 
 def handed_over(out: Path) -> bool:
@@ -48,16 +48,11 @@ def hand_over(
     shown = shlex.join(words)
     if Path.cwd() != ROOT:
         shown = f"PRETRAIN_ROOT={shlex.quote(str(ROOT))} {shown}"
-    if shutil.which("sbatch") is None:
+    if shutil.which("sbatch") is None:  # why: the file stays, the line below reads it
         return f"there is no sbatch on this machine; from a login node, in {Path.cwd()}:\n{shown}"
-    done = subprocess.run(
-        [words[0], "--parsable", *words[1:]],
-        env=os.environ | {"PRETRAIN_ROOT": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = _ask([words[0], "--parsable", *words[1:]])
     if done.returncode:
+        (out / POINTS).unlink()  # why: what is not Slurm's may be trained here
         raise TuneError(f"sbatch refused {shown}\n{done.stderr.strip()}")
     number = done.stdout.strip().partition(";")[0]
     write_whole(note, json.dumps({"job": number, "command": shown}))
@@ -68,11 +63,18 @@ def _in_line(job: str) -> bool:
     """Whether Slurm has it pending or running; a machine that cannot ask has none."""
     if shutil.which("squeue") is None:
         return False
-    answer = subprocess.run(
-        ["squeue", "-h", "-j", job],
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        check=False,
-    )
+    answer = _ask(["squeue", "-h", "-j", job])
+    if answer.returncode and "Invalid job id" not in answer.stderr:  # which is one long gone
+        raise TuneError(f"squeue -j {job}: {answer.stderr.strip()}; try again when it answers")
     return answer.returncode == 0 and bool(answer.stdout.strip())
+
+
+def _ask(words: Sequence[str]) -> "subprocess.CompletedProcess[str]":
+    """Raises TuneError if there is no answer."""
+    env = os.environ | {"PRETRAIN_ROOT": str(ROOT)}
+    try:
+        return subprocess.run(
+            words, env=env, capture_output=True, text=True, timeout=LIMIT, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise TuneError(f"{words[0]} gave no answer in {LIMIT:.0f} s; try again") from None

@@ -1,8 +1,9 @@
 """muP: how each parameter's start, learning rate and decay follow from the model's width.
 
 Which dims of a parameter grow is told by the shapes of three models of one family, through the
-`mup` package. Everything is keyed by the parameter's full name, before any cut. Not here: forward
-multipliers, which the config derives (`readout_scale`, `residual_scale`), and the optimizer.
+`mup` package. Everything is keyed by the parameter's full name, before any cut. Models apply the
+forward multipliers by themselves, from numbers their config derives (`readout_scale`,
+`residual_scale`); a rule restates the readout's. Not here: the optimizer.
 
 | parameter                                  | start            | lr  | decay | multiplier        |
 |--------------------------------------------|------------------|-----|-------|-------------------|
@@ -96,7 +97,7 @@ def rules(cfg: ModelConfig) -> Mapping[str, Rule]:
     parallel = {m for k in model.modules() if isinstance(k, Kernels) for m in k.children()}
     found: dict[str, Rule] = {}
     for name, module, own, parameter in _parameters(model):
-        kind = _kind(module, parameter, readout=name.startswith(f"{model.readout}."))
+        kind = _kind(name, module, parameter, readout=name.startswith(f"{model.readout}."))
         init = _start(kind, module.inits[own], parameter.shape, 3 if module in parallel else 1)
         scale = cfg.readout_scale if kind == "readout" else 1.0
         found[name] = Rule(kind, init, *_adamw(kind, parameter.infshape.width_mult()), scale)
@@ -171,7 +172,8 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, Any, str, Any]]:
             yield f"{prefix}.{own}" if prefix else own, module, own, parameter
 
 
-def _kind(module: nn.Module, parameter: Any, *, readout: bool) -> Kind:
+def _kind(name: str, module: nn.Module, parameter: Any, *, readout: bool) -> Kind:
+    """name: for messages."""
     shape = parameter.infshape
     if isinstance(module, LabelTable):
         return "table"
@@ -185,7 +187,11 @@ def _kind(module: nn.Module, parameter: Any, *, readout: bool) -> Kind:
         return "readout"
     if isinstance(module, Router):
         return "router"
-    assert [dim.isinf() for dim in shape].index(True) == 0, f"{type(module)}: no rule for {shape}"
+    if [dim.isinf() for dim in shape] != [True] + [False] * (len(shape) - 1):
+        raise MupError(
+            f"{name} has the shape {tuple(parameter.shape)} in every width of this family; it must "
+            "grow with the width (model.moe.hidden_ratio too small?)"
+        )
     return "input"
 
 

@@ -32,6 +32,7 @@ from pretrain.models.mup import MupError, at_width
 from pretrain.models.rep import Kernels
 from pretrain.objectives import Flow
 from pretrain.optim import OptimConfig
+from pretrain.run import RunError
 from tests import tiny
 
 SHAPE = {"input_size": 8, "in_channels": 4, "num_classes": 10, "learn_sigma": False}
@@ -97,12 +98,29 @@ def test_a_rate_that_does_not_follow_the_width_is_found(monkeypatch: pytest.Monk
     assert {"q", "k", "v", "attention output", "feed-forward in"} <= moved
 
 
-def rows(init: list[float], first: list[float], last: list[float]) -> list[Size]:
-    values = zip((16, 32, 64), init, first, last, strict=True)
-    return [Size("x", at, 0, *sizes, moved=1.0) for at, *sizes in values]
+def test_a_rate_that_shrinks_where_it_must_not_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The start hides it: only how far training has moved them tells."""
+
+    def shrinking(cfg: Any) -> dict[str, tuple[float, float]]:
+        return {name: (64 / cfg.width, decay) for name, (_, decay) in real(cfg).items()}
+
+    real = coordinates.factors
+    monkeypatch.setattr(coordinates, "factors", shrinking)
+    found = verdicts(family(DIT, (32, 256), mup=True))
+    for layer in ("embedding", "time in", "label"):
+        assert abs(found[layer].last or 1) <= LIMIT
+        assert (found[layer].moved or 0) < -0.5
+    assert {"embedding", "time in", "label"} <= failing(found)
 
 
 FLAT, NONE, GROWS = [1.0, 1.05, 0.98], [0.0, 0.0, 0.0], [1.0, 2.0, 4.0]
+
+
+def rows(
+    init: list[float], first: list[float], last: list[float], moved: list[float] = FLAT
+) -> list[Size]:
+    values = zip((16, 32, 64), init, first, last, moved, strict=True)
+    return [Size("x", at, 0, *sizes) for at, *sizes in values]
 
 
 @pytest.mark.parametrize(
@@ -117,6 +135,8 @@ FLAT, NONE, GROWS = [1.0, 1.05, 0.98], [0.0, 0.0, 0.0], [1.0, 2.0, 4.0]
         (rows(NONE, NONE, GROWS), False),
         (rows(NONE, NONE, NONE), False),  # it never moves
         (rows([0.0, 1.0, 1.0], FLAT, FLAT), False),
+        (rows(FLAT, FLAT, FLAT, [1.0, 1.1, 1.25]), True),
+        (rows(FLAT, FLAT, FLAT, [1.0, 1.2, 1.4]), False),
         (rows(FLAT, FLAT, [1.0, math.inf, 1.0]), False),
         (rows(FLAT, FLAT, [1.0, math.nan, 1.0]), False),
     ],
@@ -174,6 +194,7 @@ def test_the_command_ends_well_where_the_check_passes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(coordinates, "LIMIT", 9.0)  # one seed scatters
+    monkeypatch.setattr(coordinates, "MOVED", 9.0)
     monkeypatch.setattr(coordinates, "draw_sizes", lambda *_: None)
     words = ("--widths", "32,128", "--seeds", "1", "--steps", "2", "--json")
     result = command(tmp_path, *words, "--out", str(tmp_path / "there"))
@@ -193,8 +214,12 @@ def test_depths_are_another_axis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("words", "error", "why"),
     [
-        (["--widths", "1x,wide"], ConfigError, "'wide' is no number above 0"),
-        (["--widths", "1x,0x"], ConfigError, "'0x' is no number above 0"),
+        (["--widths", "1x,wide"], ConfigError, "'wide' is no whole number above 0"),
+        (["--widths", "1x,0x"], ConfigError, "'0x' is no whole number above 0"),
+        (["--widths", "1x,inf"], ConfigError, "'inf' is no whole number above 0"),
+        (["--widths", "32,64.5"], ConfigError, "'64.5' is no whole number above 0"),
+        (["--widths", "1x,2x", "--lr", "0"], ConfigError, "lr"),
+        (["--widths", "1x,2x", "--out", "/dev/null"], RunError, "is no directory"),
         (["--widths", "1x"], CoordinateError, "at least two different widths"),
         (["--widths", "32,33"], MupError, "33 is no width of this model's family"),
         ([], ConfigError, "give one of the two"),

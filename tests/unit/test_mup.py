@@ -263,7 +263,11 @@ def test_the_standard_parametrisation_is_untouched(name: str) -> None:
     }
     chosen = config.validate(tree | {"parametrisation": "mup"}).model
     assert chosen.mup is not None
-    cfg = config.validate(tree).model  # the same file, parametrisation=standard
+    with pytest.raises(
+        config.ConfigError, match="which has no use for it; set parametrisation=mup"
+    ):
+        config.validate(tree)
+    cfg = config.validate(tree | {"parametrisation": "standard"}).model
     assert cfg.mup is None
     plain = {key: value for key, value in tree["model"].items() if key != "mup"}
     assert cfg == read(plain)
@@ -369,7 +373,13 @@ def test_a_shipped_proxy_is_its_flagship_at_another_width(proxy: str) -> None:
     assert small.optim == large.optim.model_copy(update={"lr": small.optim.lr})
     assert type(small.schedule) is type(large.schedule)
     plain = config.load(f"configs/{target}.yaml", [])
-    assert config.load(f"configs/{target}.yaml", [switch[1]]) == plain  # standard drops it
+    assert config.load(f"configs/{target}.yaml", [switch[1], "parametrisation=standard"]) == plain
+
+
+def test_experts_that_do_not_grow_are_refused() -> None:
+    cfg = read(TREES["udit-moe"] | SHAPE | {"moe": {"experts": 4, "hidden_ratio": 0.001}})
+    with pytest.raises(MupError, match=r"latent.* has the shape .* must grow with the width"):
+        rules(cfg)
 
 
 def test_experts_of_fixed_size_are_no_family() -> None:

@@ -113,7 +113,10 @@ def test_a_best_value_transfers_if_it_moves_by_a_step_at_most() -> None:
     narrow = {1: [5.0], 2: [4.0], 4: [6.0], 8: [math.inf], 16: [math.inf]}
     wide = {1: [3.0], 2: [3.5], 4: [4.0], 8: [5.0], 16: [math.inf]}
     found = judged({24: narrow, 96: wide})
-    assert (found["moves"], found["transfers"], found["wider_is_better"]) == (1, True, True)
+    # The widest's best is the lowest that was tried: whether it is one step off, nobody knows.
+    assert (found["moves"], found["transfers"], found["wider_is_better"]) == (1, None, True)
+    inner = judged({24: narrow, 96: {0.5: [9.0]} | wide})
+    assert (inner["moves"], inner["transfers"]) == (1, True)
     assert (found["transferred"], found["losses_there"]) == (2, {"24": 4.0, "96": 3.5})
     assert found["factor"] == 0.5
     assert [row["values"] for row in found["best"]] == [{"optim.lr": 2}, {"optim.lr": 1}]
@@ -122,6 +125,15 @@ def test_a_best_value_transfers_if_it_moves_by_a_step_at_most() -> None:
     assert (far["moves"], far["transfers"], far["wider_is_better"]) == (2, False, False)
     words = judged({24: {"a": [1.0]}, 96: {"a": [0.5]}}, [space("schedule.kind=a,b")])
     assert (words["moves"], words["transfers"], words["wider_is_better"]) == (None, None, True)
+
+
+def test_steps_and_ends_are_of_what_was_tried() -> None:
+    tried = {1: [9.0], 4: [3.0], 16: [4.0], 64: [9.0]}
+    found = judged({24: tried, 96: tried | {4: [3.0], 16: [2.0]}}, [space("optim.lr=log:1..64")])
+    assert (found["moves"], found["transfers"]) == (1, True)
+    top = judged({24: tried | {64: [1.0]}, 96: tried | {64: [1.0]}})
+    assert (top["moves"], top["transfers"]) == (0, None)
+    assert [row["at_edge"] for row in top["best"]] == [["optim.lr"]] * 2
 
 
 def test_no_verdict_where_all_diverged() -> None:
@@ -271,6 +283,7 @@ def test_a_trial_that_fails_is_repeated_and_the_rest_goes_on(tmp_path: Path, dig
     reasons = {row["name"]: row["reason"] for row in found["trials"] if row["state"] == "failed"}
     assert reasons["w16-lr1-s0"].startswith("no such data (")
     assert reasons["w32-lr2-s0"].startswith("was ended by SIGKILL (")
+    assert found["verdict"]["best"][1]["values"] is None  # w32-lr2 may be the best
     again = ["w16-lr1-s0", "w32-lr2-s0", "w16-lr1-s1", "w32-lr1-s1"]
     assert sorted(run(Sweep(search), bowl)) == sorted(again)
 
@@ -281,6 +294,9 @@ def test_a_budget_is_of_all_trials_and_spends_whole_points(tmp_path: Path, digit
     started = run(sweep, bowl)
     assert len(started) == 7
     assert len([word for word in started if word.endswith("-s0")]) == 6
+    more = searched(tmp_path, digits, budget=11, seeds=9, out=tmp_path / "more")
+    further = [word for word in run(Sweep(more), bowl) if not word.endswith("-s0")]
+    assert further == ["w16-lr1-s1", "w32-lr1-s1", "w16-lr0.5-s1"]
     with pytest.raises(TuneError, match="give at least 2"):
         Sweep(searched(tmp_path, digits, budget=1))
 
@@ -325,8 +341,14 @@ def test_a_search_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
         refused("optim.lr=1,1.00000001")
     with pytest.raises(MupError, match="24 is no width"):
         refused("optim.lr=1,2", widths=(24,))
-    with pytest.raises(TuneError, match="at least 5"):
+    with pytest.raises(TuneError, match="steps=4: .* at least 5"):
         refused("optim.lr=1,2", overrides=("steps=4",))
+    with pytest.raises(TuneError, match="steps=2: .* at least 5"):
+        refused("steps=20,2")
+    with pytest.raises(TuneError, match="run_dir=x: tune sets that by itself"):
+        refused("optim.lr=1,2", overrides=("run_dir=x",))
+    with pytest.raises(TuneError, match="log.every=9: tune sets that by itself"):
+        refused("optim.lr=1,2", overrides=("log.every=9",))
 
 
 def test_missing_data_is_refused_before_any_trial(tmp_path: Path) -> None:
@@ -372,6 +394,7 @@ def test_the_tuned_target_loads_and_its_plan_states_the_share(tmp_path: Path, di
     found = tune_report.save(sweep)
     assert [row["values"]["optim.lr"] for row in found["verdict"]["best"]] == [0.5, 1]
     tuned = tune_target.write(sweep, aim, found, ["tune", "x y"])
+    assert tuned is not None
     assert tuned.name == "dit_tuned.yaml"
     assert tuned.read_text().startswith("# dit.yaml under muP, with what was best for dit+mup.yaml")
     assert "pretrain tune 'x y'\n" in tuned.read_text()
@@ -380,6 +403,7 @@ def test_the_tuned_target_loads_and_its_plan_states_the_share(tmp_path: Path, di
     assert cfg.model == plain.model.model_copy(update={"mup": sweep.base.model.mup})
     assert cfg.tuning is not None
     assert (cfg.tuning.trials, cfg.tuning.diverged, cfg.tuning.flops) == (8, 2, found["flops"])
+    assert (cfg.tuning.loss, cfg.tuning.seeds, cfg.tuning.transfers) == (1, 1, None)
     assert (cfg.tuning.parameters, cfg.tuning.values) == (
         {"optim.lr": "0.5,1,2,4"},
         {"optim.lr": 1},
@@ -393,6 +417,36 @@ def test_the_tuned_target_loads_and_its_plan_states_the_share(tmp_path: Path, di
     tuned.write_text(aim.read_text())
     with pytest.raises(TuneError, match="is there, and not from"):
         tune_target.check(sweep, aim)
+
+
+def test_any_key_is_carried_over_as_a_trial_has_it(tmp_path: Path, digits: Path) -> None:
+    """Also one of the model, a null, and drawn values; what speaks against it is said."""
+    spaces = (space("model.mup.output_mult=0.5,2"), space("clip=null,1.0"), space("optim.lr=1,4"))
+    search = searched(tmp_path, digits, spaces=spaces, random=6)
+    sweep, aim = Sweep(search), target(tmp_path, model__num_heads=4, schedule__kind="cosine")
+
+    def best(folder: Path, settings: dict[str, str]) -> int:
+        loss = 1 + (settings["clip"] != "null") + (settings["model.mup.output_mult"] != "2")
+        return bowl(folder, settings | {"seed": str(10 * loss)})
+
+    tune_target.check(sweep, aim)
+    run(sweep, best)
+    found = tune_report.save(sweep)
+    assert (found["verdict"]["moves"], found["verdict"]["transfers"]) == (None, None)
+    tuned = tune_target.write(sweep, aim, found, [])
+    assert tuned is not None
+    cfg = config.load(tuned, [])
+    assert cfg.model.mup is not None
+    assert (cfg.model.mup.output_mult, cfg.clip, cfg.optim.lr) == (2, None, 1)
+    assert "# CAUTION: schedule.kind is constant in the proxy and cosine here." in tuned.read_text()
+    assert "# CAUTION: these proxies do not tell whether it transfers." in tuned.read_text()
+
+
+def test_nothing_is_written_where_every_wide_trial_diverged(tmp_path: Path, digits: Path) -> None:
+    sweep, aim = Sweep(searched(tmp_path, digits)), target(tmp_path, model__num_heads=4)
+    run(sweep, lambda folder, settings: bowl(folder, settings | {"optim.lr": "4"}))
+    assert tune_target.write(sweep, aim, tune_report.save(sweep), []) is None
+    assert not (aim.parent / "dit_tuned.yaml").exists()
 
 
 def test_a_target_that_is_no_family_is_refused_before_any_trial(tmp_path: Path) -> None:
