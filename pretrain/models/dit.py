@@ -4,6 +4,7 @@ Source: Peebles and Xie, Scalable Diffusion Models with Transformers; Fei et al.
 Transformers to 16 Billion Parameters. Written from descriptions, no reference code used.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -97,10 +98,10 @@ class DiTShape(LatentConfig):
     def residual_scale(self) -> float:
         """Multiplies what attention and feed-forward add to the tokens.
 
-        Source: Dey et al., CompleteP, alpha 1.
+        Source: Yang et al., Tensor Programs VI (Depth-muP).
         """
         base = self.mup.base_depth if self.mup else None
-        return 1.0 if base is None else base / self.depth
+        return 1.0 if base is None else math.sqrt(base / self.depth)
 
     def heads(self) -> dict[str, int]:
         """Attention heads by what sets them."""

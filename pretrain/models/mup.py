@@ -20,6 +20,9 @@ m: this parameter's fan_in ÷ that at `base_width`. adaLN is hidden, so adaLN-Ze
 the readout starts at 0. An expert is hidden, the number of experts a finite dim. Of three parallel
 depthwise kernels each has a third of the variance, so that their merged sum has that of one.
 
+With a `base_depth`, s = sqrt(base_depth/depth) multiplies what blocks add to the tokens and all
+learning rates inside of them (decay: 1/s): the sum of more blocks is, and moves, of one size.
+
 Where this is not what the package says, and why:
 - Router (growing fan_in, finite fan_out, no readout). The package would have the learning rate 1, a
   multiplier 1/m and a start that shrinks the logits by sqrt(m). Adam's updates move the logits
@@ -31,8 +34,8 @@ Where this is not what the package says, and why:
   xavier's fan_out holds the width, so the kernels would vanish as it grows.
 - Cosine scale: one number a head. Learning rate 1 as in the package; q and k are normalised over a
   head_dim that never grows, so the start and the logits know no width.
-Source: Yang et al., Tensor Programs V, table 8; Zheng et al., Scaling Diffusion Transformers
-Efficiently via muP.
+Source: Yang et al., Tensor Programs V, table 8, and VI (depth); Zheng et al., Scaling Diffusion
+Transformers Efficiently via muP.
 """
 
 import math
@@ -47,7 +50,7 @@ from torch import nn
 
 from pretrain.models.families import Model, ModelConfig, build_form
 from pretrain.models.init import Init, Normal, Zero
-from pretrain.models.layers import Depthwise, LabelTable
+from pretrain.models.layers import Block, Depthwise, LabelTable
 from pretrain.models.moe import Router
 from pretrain.models.rep import Kernels
 from pretrain.models.udit import STAGES, UDiTConfig
@@ -95,12 +98,15 @@ def rules(cfg: ModelConfig) -> Mapping[str, Rule]:
 
     set_base_shapes(model, base, delta=delta, rescale_params=False, do_assert=False)
     parallel = {m for k in model.modules() if isinstance(k, Kernels) for m in k.children()}
+    blocks = {m for k in model.modules() if isinstance(k, Block) for m in k.modules()}
     found: dict[str, Rule] = {}
     for name, module, own, parameter in _parameters(model):
         kind = _kind(name, module, parameter, readout=name.startswith(f"{model.readout}."))
         init = _start(kind, module.inits[own], parameter.shape, 3 if module in parallel else 1)
         scale = cfg.readout_scale if kind == "readout" else 1.0
-        found[name] = Rule(kind, init, *_adamw(kind, parameter.infshape.width_mult()), scale)
+        depth = cfg.residual_scale if module in blocks else 1.0
+        adamw = _adamw(kind, parameter.infshape.width_mult(), depth)
+        found[name] = Rule(kind, init, *adamw, scale)
     return found
 
 
@@ -209,13 +215,14 @@ def _start(kind: Kind, declared: Init, shape: torch.Size, parallel: int) -> Init
     return Normal(size / math.sqrt(parallel * fan_in))
 
 
-def _adamw(kind: Kind, ratio: float) -> tuple[float, float]:
-    """AdamW's column of the table: what multiplies learning rate and decay. ratio: m.
+def _adamw(kind: Kind, ratio: float, depth: float) -> tuple[float, float]:
+    """AdamW's column of the table: what multiplies learning rate and decay. ratio: m; depth: s.
 
     Another optimizer is another function like this one. Decay is multiplied so that learning rate
-    times decay, by which AdamW shrinks weights, knows no width.
+    times decay, by which AdamW shrinks weights, knows neither width nor depth.
     """
-    return (1 / ratio, ratio) if kind in ("hidden", "router") else (1.0, 1.0)
+    narrower = ratio if kind in ("hidden", "router") else 1.0
+    return depth / narrower, narrower / depth
 
 
 def _unit(cfg: ModelConfig) -> int:

@@ -16,7 +16,7 @@ class MupConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
 
     base_width: int = Field(ge=1)  # model.width at which every factor is 1
-    # DiT and DiT-MoE: depth at which residual branches are multiplied by 1; null: 1 at every depth
+    # DiT and DiT-MoE: depth at which what blocks add and their rates are unscaled; null: at all
     base_depth: int | None = Field(None, ge=1)
     output_mult: float = Field(1.0, gt=0)  # multiplies what the readout reads
 
@@ -41,6 +41,11 @@ class LatentConfig(BaseModel):
     def readout_scale(self) -> float:
         """Multiplies what the last linear or convolution reads."""
         return self.mup.output_mult * self.mup.base_width / self.width if self.mup else 1.0
+
+    @property
+    def residual_scale(self) -> float:
+        """Multiplies what a block adds to the tokens."""
+        return 1.0
 
     @property
     def out_channels(self) -> int:

@@ -203,7 +203,7 @@ def test_scales_in_the_forward_pass_are_scales_of_the_last_weights(name: str) ->
     weights[f"{scaled.readout}.weight"] = weights[f"{scaled.readout}.weight"] * 1.5
     for key in weights if "base_depth" in mup_tree else ():
         if like(key, ("*.attn.out.*", "*.ffn.fc2.*", "*.experts.down", "*.shared.down.weight")):
-            weights[key] = weights[key] * 0.5
+            weights[key] = weights[key] * math.sqrt(0.5)
     other.load_state_dict(weights)
     inputs = (torch.randn(3, 4, 8, 8), torch.tensor([3.0, 400.0, 900.0]), torch.arange(3))
     with torch.no_grad():
@@ -212,6 +212,19 @@ def test_scales_in_the_forward_pass_are_scales_of_the_last_weights(name: str) ->
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
         if isinstance(scaled, UDiT):
             torch.testing.assert_close(merge(scaled)(*inputs), ours, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dit", "dit-moe"])
+def test_a_deeper_model_has_smaller_rates_in_its_blocks(name: str) -> None:
+    """Four times base_depth: half the rate of the same parameter outside of it."""
+    flat = read(TREES[name] | SHAPE | {"depth": 8})
+    deep = read(TREES[name] | SHAPE | {"depth": 8, "mup": SHAPE["mup"] | {"base_depth": 2}})
+    assert (flat.residual_scale, deep.residual_scale) == (1.0, 0.5)
+    ours, theirs = rules(deep), rules(flat)
+    for key, rule in theirs.items():
+        by = 0.5 if key.startswith("blocks.") else 1.0
+        assert (ours[key].lr, ours[key].decay) == (by * rule.lr, rule.decay / by), key
+        assert ours[key].init == rule.init
 
 
 @pytest.mark.parametrize("name", ["dit", "udit"])
