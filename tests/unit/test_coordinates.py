@@ -78,12 +78,22 @@ def test_dit_knows_no_width_under_mup_and_does_in_the_standard_parametrisation()
 
 
 def test_udit_moe_knows_no_width_under_mup_and_does_in_the_standard_parametrisation() -> None:
-    widths = (32, 96)
-    assert not failing(verdicts(family(UDIT_MOE, widths, mup=True), batch=12, steps=2, seeds=2))
+    widths = (32, 128)
+    assert not failing(verdicts(family(UDIT_MOE, widths, mup=True), batch=24, steps=2, seeds=2))
     found = verdicts(family(UDIT_MOE, widths, mup=False), steps=2)
     # The start: kernels whose fan holds the width; the updates: rates that do not shrink with it.
     assert {"attention depthwise", "shared expert depthwise", "embedding"} <= failing(found)
     assert {"adaLN", "prediction"} <= failing(found)
+
+
+def test_dit_knows_no_depth_with_a_base_depth() -> None:
+    def members(mup: dict[str, Any]) -> dict[int, Any]:
+        tree = DIT | SHAPE | {"mup": {"base_width": 64} | mup}
+        read = TypeAdapter(ModelConfig).validate_python
+        return {depth: read(tree | {"depth": depth}) for depth in (2, 4, 16)}
+
+    assert not failing(verdicts(members({"base_depth": 2}), seeds=2))
+    assert "residual stream" in failing(verdicts(members({})))
 
 
 def test_a_rate_that_does_not_follow_the_width_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
