@@ -100,7 +100,7 @@ def _halfway(run: Path) -> bool:
 
 @pytest.mark.slow
 def test_a_trial_is_a_process_of_its_own_that_a_stop_saves(digits: Path, tmp_path: Path) -> None:
-    """With the interpreter that people get, asked to stop in the middle of the second trial."""
+    """With the interpreter that people get, asked to stop in the middle of a trial."""
     config, out = tiny.write(tmp_path, "dit", digits, steps=400), tmp_path / "out"
     words = (str(config), "--param", "optim.lr=2^-9", "--out", str(out))
     started = ranks.start(ranks.pretrain, 1, "tune", *words, log=tmp_path / "stopped.log")
