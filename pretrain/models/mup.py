@@ -10,15 +10,18 @@ forward multipliers by themselves, from numbers their config derives (`readout_s
 | hidden: fan_in and fan_out grow            | N(0, 1/fan_in)   | 1/m | m     | 1                 |
 | input-like: only fan_out grows             | N(0, 1/fan_in)   | 1   | 1     | 1                 |
 | label table                                | N(0, 1)          | 1   | 1     | 1                 |
+| adaLN, hidden too, if it keeps its zero    | 0                | 1/m | m     | 1                 |
 | readout: the last linear or convolution    | 0                | 1   | 1     | output_mult/m     |
 | router                                     | N(0, 0.1²/fan_in)| 1/m | m     | 1                 |
 | router's time term                         | 0                | 1/m | m     | 1                 |
 | depthwise k×k                              | N(0, 1/k²)       | 1   | 1     | 1                 |
 | bias, qk-norm, cosine scale                | as declared      | 1   | 1     | 1                 |
 
-m: this parameter's fan_in ÷ that at `base_width`. adaLN is hidden, so adaLN-Zero is given up: only
-the readout starts at 0. An expert is hidden, the number of experts a finite dim. Of three parallel
-depthwise kernels each has a third of the variance, so that their merged sum has that of one.
+m: this parameter's fan_in ÷ that at `base_width`. An expert is hidden, the number of experts a
+finite dim. Of three parallel depthwise kernels each has a third of the variance, so that their
+merged sum has that of one. adaLN is hidden. The published muP for DiT gives adaLN-Zero up, and so
+do DiT and DiT-MoE here unless `adaln_zero` says otherwise. U-DiT keeps it: with gates of full size
+from the first step on, its tokens explode at rates at which it otherwise learns best (LOG.md).
 
 With a `base_depth`, s = sqrt(base_depth/depth) multiplies what blocks add to the tokens and all
 learning rates inside of them (decay: 1/s): the sum of more blocks is, and moves, of one size.
@@ -99,10 +102,12 @@ def rules(cfg: ModelConfig) -> Mapping[str, Rule]:
     set_base_shapes(model, base, delta=delta, rescale_params=False, do_assert=False)
     parallel = {m for k in model.modules() if isinstance(k, Kernels) for m in k.children()}
     blocks = {m for k in model.modules() if isinstance(k, Block) for m in k.modules()}
+    keep_zero = cfg.keeps_adaln_zero if cfg.mup.adaln_zero is None else cfg.mup.adaln_zero
     found: dict[str, Rule] = {}
     for name, module, own, parameter in _parameters(model):
         kind = _kind(name, module, parameter, readout=name.startswith(f"{model.readout}."))
-        init = _start(kind, module.inits[own], parameter.shape, 3 if module in parallel else 1)
+        declared, summed = module.inits[own], 3 if module in parallel else 1
+        init = _start(kind, declared, parameter.shape, summed, keep_zero=keep_zero)
         scale = cfg.readout_scale if kind == "readout" else 1.0
         depth = cfg.residual_scale if module in blocks else 1.0
         adamw = _adamw(kind, parameter.infshape.width_mult(), depth)
@@ -201,9 +206,13 @@ def _kind(name: str, module: nn.Module, parameter: Any, *, readout: bool) -> Kin
     return "input"
 
 
-def _start(kind: Kind, declared: Init, shape: torch.Size, parallel: int) -> Init:
-    """parallel: how many kernels are summed to one."""
+def _start(
+    kind: Kind, declared: Init, shape: torch.Size, parallel: int, *, keep_zero: bool
+) -> Init:
+    """parallel: how many kernels are summed to one. keep_zero: of adaLN."""
     if kind == "vector" or (kind == "router" and isinstance(declared, Zero)):
+        return declared
+    if kind == "hidden" and isinstance(declared, Zero) and keep_zero:
         return declared
     if kind == "table":
         return Normal(1.0)

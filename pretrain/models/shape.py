@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -19,6 +19,8 @@ class MupConfig(BaseModel):
     # DiT and DiT-MoE: depth at which what blocks add and their rates are unscaled; null: at all
     base_depth: int | None = Field(None, ge=1)
     output_mult: float = Field(1.0, gt=0)  # multiplies what the readout reads
+    # adaLN starts at zero, as in the standard parametrisation; null: U-DiT's does, DiT's does not
+    adaln_zero: bool | None = None
 
 
 class LatentConfig(BaseModel):
@@ -36,6 +38,7 @@ class LatentConfig(BaseModel):
     label_dropout: float = Field(0.1, ge=0, le=1)  # share of labels replaced by the null label
     width: int = Field(ge=2)  # channels
     mup: MupConfig | None = None  # of parametrisation=mup; standard drops it
+    keeps_adaln_zero: ClassVar[bool] = False  # where mup.adaln_zero does not say
 
     @property
     def readout_scale(self) -> float:

@@ -62,6 +62,7 @@ class UDiTConfig(LatentConfig):
         False  # published: each of the three label tables draws its own
     )
     moe: MoEConfig | None = None  # routed experts beside the feed-forward, in moe.stages
+    keeps_adaln_zero: ClassVar[bool] = True
 
     @model_validator(mode="before")
     @classmethod

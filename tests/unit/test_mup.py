@@ -49,6 +49,7 @@ every_family = pytest.mark.parametrize("name", BASE)
 every_width = pytest.mark.parametrize("width", [8, 16, 64])
 # Where the package's word is not taken, with the reasons in `mup`'s docstring.
 ROUTERS = ("*.router.weight", "*.router.time")
+ADALN = ("*.adaln.up.weight", "condition?.adaln.weight")
 DEPTHWISE = ("*.mix.weight", "*.mix.five.weight", "*.mix.three.weight", "*.mix.one.weight")
 
 
@@ -120,6 +121,8 @@ def test_starts_are_those_of_the_package_but_for_routers_and_depthwise(
             assert init == Normal(1.0)
         elif key in ("head.linear.weight", "head.out.weight") or key.endswith("router.time"):
             assert init == Zero()
+        elif name.startswith("udit") and like(key, ADALN):
+            assert init == Zero(), "adaLN-Zero is kept"
         elif like(key, ROUTERS):
             assert isinstance(init, Normal)
             # A tenth of the hidden matrices'; the package shrinks it with the width besides.
@@ -133,6 +136,16 @@ def test_starts_are_those_of_the_package_but_for_routers_and_depthwise(
             assert init.std == pytest.approx(packaged_std(parameter)), key
             checked += 1
     assert checked > 10
+
+
+@every_family
+def test_adaln_starts_at_zero_where_that_is_asked_for(name: str) -> None:
+    for keep in (True, False):
+        mup_tree = SHAPE["mup"] | {"adaln_zero": keep}
+        ours = rules(read(TREES[name] | SHAPE | {"mup": mup_tree}))
+        found = {type(rule.init) for key, rule in ours.items() if like(key, ADALN)}
+        assert found == {Zero if keep else Normal}
+        assert {rule.kind for key, rule in ours.items() if like(key, ADALN)} == {"hidden"}
 
 
 @every_family
