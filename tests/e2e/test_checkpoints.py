@@ -314,3 +314,12 @@ def test_a_second_signal_counts_only_later(
     assert codes == [code, code]
     assert not (run / "done").exists()
     assert bool(stored(run)) == (code == 0)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_and_said(
+    trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, run = copied(trained, tmp_path)
+    (run / "checkpoints" / "step_00000005").mkdir()
+    assert inspection.contents(run, digest=False)["step"] == 4
+    assert "step_00000005 has no manifest.json" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,10 +13,13 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
+from data_pipeline.order import Order
+from data_pipeline.shards import Manifest, read_index
 from parallel import launch
 from parallel.mesh import Mesh, MeshConfig, degrees
 from tests import ranks, tiny
@@ -243,3 +247,22 @@ def test_a_training_run_ends_with_the_traceback_of_the_rank_that_failed(
     assert "ArithmeticError: in a step" in first
     assert re.search(r"rank 0 ended because rank 1 failed at pretrain/engine.py:\d+ in \w+", said)
     assert "Connection closed" not in said, said
+
+
+def test_a_damaged_sample_is_told_by_the_rank_that_met_it(digits: Path, tmp_path: Path) -> None:
+    """Found only when it is read; the message must not be lost because rank 0 is well."""
+    hurt = tmp_path / "hurt"
+    shutil.copytree(digits, hurt)
+    config = tiny.write(tmp_path, "dit", hurt)
+    manifest = Manifest.load(hurt)
+    index = read_index(hurt, manifest.split("train"))
+    order = Order(manifest.split("train").count, manifest.lanes, 0, "samples")
+    tar = next(hurt.glob("train-*.tar"))
+    content = bytearray(tar.read_bytes())
+    for sample in order.samples(np.arange(4, 8)):  # the first of rank 1
+        content[int(index["offset"][sample, 0])] ^= 1
+    tar.write_bytes(content)
+    log = tmp_path / "log"
+    codes = ranks.wait(ranks.start(ranks.pretrain, 2, "train", str(config), log=log))
+    assert 2 in codes
+    assert "its CRC-32 differs from the index (damaged)" in log.read_text()

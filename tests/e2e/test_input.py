@@ -17,10 +17,8 @@ import pytest
 from PIL import Image
 
 from data_pipeline.encode import encode
-from data_pipeline.order import Order
-from data_pipeline.shards import Manifest, read_index
 from parallel import launch
-from pretrain import cli, inspection
+from pretrain import cli
 from tests import ranks, tiny
 
 Refuse = Callable[..., str]
@@ -436,32 +434,3 @@ def test_real_processes_say_it_once(
     one_message(said, "'nowhere' does not exist")
     assert said.count("\n") == 1
     assert not (tmp_path / "run").exists()
-
-
-def test_a_damaged_sample_is_told_by_the_rank_that_met_it(digits: Path, tmp_path: Path) -> None:
-    """Found only when it is read; the message must not be lost because rank 0 is well."""
-    hurt = tmp_path / "hurt"
-    shutil.copytree(digits, hurt)
-    config = tiny.write(tmp_path, "dit", hurt)
-    manifest = Manifest.load(hurt)
-    index = read_index(hurt, manifest.split("train"))
-    order = Order(manifest.split("train").count, manifest.lanes, 0, "samples")
-    tar = next(hurt.glob("train-*.tar"))
-    content = bytearray(tar.read_bytes())
-    for sample in order.samples(np.arange(4, 8)):  # the first of rank 1
-        content[int(index["offset"][sample, 0])] ^= 1
-    tar.write_bytes(content)
-    log = tmp_path / "log"
-    codes = ranks.wait(ranks.start(ranks.pretrain, 2, "train", str(config), log=log))
-    assert 2 in codes
-    assert "its CRC-32 differs from the index (damaged)" in log.read_text()
-
-
-def test_a_damaged_newest_checkpoint_is_passed_over_and_said(
-    trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(trained[1], run)
-    (run / "checkpoints" / "step_00000003").mkdir()
-    assert inspection.contents(run, digest=False)["step"] == 2
-    assert "step_00000003 has no manifest.json" in capsys.readouterr().err
