@@ -178,7 +178,7 @@ def _of_widths(model: Any, text: str) -> dict[int, Any]:
         times = word.endswith("x")
         unit = model.width if times else 1
         width = _whole(word.removesuffix("x"), f"--widths {text}: {word!r}", unit)
-        found[width] = at_width(model, width, f"--widths {text}: {word}")
+        found[width] = at_width(model, width, f"--widths {text}: width")
     return found
 
 
