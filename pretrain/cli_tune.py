@@ -48,6 +48,8 @@ def coord_check(
     axis = "width" if widths else "depth"
     members = _of_widths(cfg.model, widths) if widths else _of_depths(cfg.model, depths)
     torch.set_num_threads(cfg.threads or launch.default_threads(launch.Place.here()))
+    if not lr > 0:
+        raise config.ConfigError(f"--lr {lr:g} must be above 0")
     optim = config.part(OptimConfig, cfg.optim.model_dump() | {"lr": lr})
     how = coordinates.CheckConfig(cfg.objective, optim, cfg.clip, batch, steps, seeds)
     folder = out or Path(cfg.run_dir) / "coord-check"
@@ -76,6 +78,9 @@ def coord_check(
     brief = {"parametrisation": cfg.parametrisation, f"{axis}s": list(members)} | asked | verdict
     shown = found if as_json else brief | {"picture": str(folder / f"{stem}.png"), "slopes": slopes}
     show(shown, as_json)
+    failed = [one.layer for one in verdicts if not one.passes]
+    told = f"fails: {', '.join(failed)}" if failed else f"passes: no size knows the {axis}"
+    print(told, file=sys.stderr)
     raise typer.Exit(0 if passes else 1)
 
 
@@ -129,6 +134,10 @@ def tune(
         print(trials.hand_over(path, search.overrides, words, search.out))
         return
     if not slurm and not trials.handed_over(search.out):
+        known, ended = sweep.trials(), sum(sweep.outcome(t).is_result for t in sweep.trials())
+        more = ", then further seeds of the best" if seeds > 1 and not sweep.whole() else ""
+        told = f"{len(known)} trials in {search.out}, {ended} have ended{more}"
+        print(f"{told}; each writes TRIAL/logs/tune.log", file=sys.stderr, flush=True)
         sweep.run(jobs, lambda trial: _say(sweep, trial))
     _conclude(sweep, target, as_json)
 
@@ -153,7 +162,7 @@ def _conclude(sweep: Any, target: Path | None, as_json: bool) -> None:
     tune_report.draw(out / tune_report.PICTURE, sweep)
     written = [out / tune_report.RESULTS, out / tune_report.PICTURE]
     show(found if as_json else tune_report.brief(found), as_json)
-    print(*written, sep="\n", file=sys.stderr)
+    print(*written, *tune_report.told(found), sep="\n", file=sys.stderr)
     if not found["complete"]:
         points = out / trials.POINTS
         slurms = f"; {points} leaves them to Slurm, remove it to train them here"
@@ -178,6 +187,8 @@ def _of_widths(model: Any, text: str) -> dict[int, Any]:
         times = word.endswith("x")
         unit = model.width if times else 1
         width = _whole(word.removesuffix("x"), f"--widths {text}: {word!r}", unit)
+        if width in found:
+            raise config.ConfigError(f"--widths {text}: {width} is there twice; leave one out")
         found[width] = at_width(model, width, f"--widths {text}: width")
     return found
 
@@ -187,7 +198,9 @@ def _of_depths(model: Any, text: str) -> dict[int, Any]:
     for word in text.split(","):
         depth = _whole(word, f"--depths {text}: {word!r}")
         if not isinstance(model.depth, int):
-            raise config.ConfigError(f"--depths {text}: the depth of a U-DiT is that of its family")
+            raise config.ConfigError(
+                f"--depths {text}: the depth of a U-DiT is that of its family; use --widths"
+            )
         found[depth] = config.part(type(model), model.model_dump() | {"size": None, "depth": depth})
     return found
 

@@ -127,7 +127,8 @@ def check(
     """
     if len(members) < 2:
         raise CoordinateError(
-            f"{list(members)}: a slope needs at least two different widths (or depths)"
+            f"{list(members)}: a slope needs at least two different ones; give such as "
+            "--widths 1x,2x,4x,8x"
         )
     sizes: list[Size] = []
     for at, model in sorted(members.items()):

@@ -9,6 +9,7 @@ class TuningConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     proxy: str  # configuration that was trained
+    overrides: tuple[str, ...] = ()  # of it, for all trials
     sweep: str  # directory of the trials
     parameters: dict[str, str]  # what was searched, by key
     values: dict[str, int | float | str]  # the best of the widest proxy, as set here

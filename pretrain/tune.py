@@ -7,7 +7,6 @@ ranges and verdicts (`tune_search`), and what is shown and written of them (`tun
 """
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -18,33 +17,33 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from statistics import fmean
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from parallel import launch
 from pretrain import config, preflight
-from pretrain.cluster.blame import TRACEBACK, first_words
-from pretrain.metrics import METRICS
+from pretrain.cluster.blame import first_words
 from pretrain.models.mup import at_width
 from pretrain.run import check_place
-from pretrain.timeline import objects
-from pretrain.tune_search import Point, Space, TuneError, drawn, grid, loss_of, name, ranked
+from pretrain.tune_outcome import LAST, Outcome, outcome_of
+from pretrain.tune_search import (
+    Point,
+    Space,
+    TuneError,
+    check_keys,
+    drawn,
+    grid,
+    loss_of,
+    name,
+    ranked,
+)
 
 # What a trial has otherwise than its configuration: every loss is logged, and no more is kept than
 # a resume needs.
 LEAN = ("log.every=1", "sample.every=0", "checkpoint.keep=1", "checkpoint.keep_every=null")
-# What a sweep sets by itself, and what may differ between two calls of one trial.
-OWN = ("run_dir", "seed", "threads", "parametrisation", "model.size", "model.width")
-OWN += ("model.num_heads", "model.head_dim")
+# What may differ between two calls of one trial.
 FREE = ("run_dir", "threads", "timeout", "log", "sample", "checkpoint", "tuning")
-LAST = 5  # a fifth of the steps makes the score
-SCORE = (
-    "mean training loss of the last fifth of the steps; trials of one seed see the same samples "
-)
-SCORE += "under the same noise"
-GAVE_UP = re.compile(r"NoWayBackError: (.*)")
 POLL = 0.05  # seconds
 
 
@@ -107,22 +106,6 @@ class Trial:
         return self.folder / "logs" / "tune.log"
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a trial."""
-
-    state: Literal["done", "diverged", "failed", "unfinished"]
-    reason: str | None = None
-    loss: float | None = None  # the score; null unless done
-    first_loss: float | None = None  # of step 1
-    steps: int = 0  # that were made
-    seconds: float = 0.0  # that these took
-
-    @property
-    def is_result(self) -> bool:
-        return self.state in ("done", "diverged")
-
-
 class Sweep:
     """The trials of a search, and what is known of them."""
 
@@ -138,10 +121,7 @@ class Sweep:
                     f"{word}: tune sets that by itself ({', '.join(LEAN)}, run_dir=OUT/TRIAL); "
                     "leave it out, or give --out"
                 )
-        for key, times in Counter(one.key for one in search.spaces).items():
-            if key in OWN or times > 1:
-                why = "is no parameter of a search" if key in OWN else "is there twice"
-                raise TuneError(f"--param {key} {why}; leave it out")
+        check_keys(search.spaces, search.overrides, self.base.parametrisation)
         points = _points(search)
         self.beyond_budget = 0  # trials of the first seed
         self._room = len(points) * len(search.widths) * search.seeds
@@ -193,6 +173,12 @@ class Sweep:
             return replace(found, state="failed", reason=self._failed[trial.name])
         return found
 
+    def beside(self) -> list[str]:
+        """Trials in the same place that this search has no part in."""
+        ours = {trial.name for trial in self.trials()}
+        there = sorted(path.parent.name for path in self.search.out.glob("*/config.yaml"))
+        return [one for one in there if one not in ours]
+
     def pending(self) -> list[Trial]:
         """Trials without a result that have not failed in this life of the sweep."""
         return [
@@ -234,6 +220,7 @@ class Sweep:
 
         def stop(number: int, _frame: object) -> None:
             asked.append(number)
+            print("asked to stop: trials in work are saving", file=sys.stderr, flush=True)
             for _, process in running.values():
                 process.send_signal(signal.SIGTERM)
 
@@ -324,42 +311,6 @@ def _alone(slot: int, store: Path) -> dict[str, str]:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
         env["CUDA_VISIBLE_DEVICES"] = seen.split(",")[slot % count]
     return env
-
-
-def outcome_of(folder: Path, steps: int) -> Outcome:
-    """What a run directory says of a trial of so many steps."""
-    records = objects(folder / METRICS)
-    losses = {int(record["step"]): record.get("loss") for record in records}
-    seconds = sum(record.get("step_time") or 0.0 for record in records)
-    made = max(losses, default=0)
-    found = Outcome("unfinished", None, None, losses.get(1), made, seconds)
-    done = folder / "done"
-    if not (done.is_file() and done.read_text().strip() == str(steps)):
-        why = _gave_up(folder, losses.get(made, 0.0))
-        return replace(found, state="diverged", reason=why) if why else found
-    last = {step: loss for step, loss in losses.items() if step > steps - steps // LAST}
-    bad = [step for step, loss in last.items() if loss is None]
-    if found.first_loss is None or bad:
-        where = bad[0] if bad else 1
-        return replace(found, state="diverged", reason=f"the loss of step {where} is not finite")
-    score = fmean(loss for loss in last.values() if loss is not None)
-    if score > found.first_loss:
-        why = f"the loss at the end, {score:.4g}, is above {found.first_loss:.4g}, that of step 1"
-        return replace(found, state="diverged", reason=why)
-    return replace(found, state="done", loss=score)
-
-
-def _gave_up(folder: Path, last_loss: float | None) -> str | None:
-    """Why a run that has not reached its end never will: the guard found no way back, or the
-    program failed over numbers that are not finite. None: it may go on."""
-    for log in sorted((folder / "logs").rglob("*.log")):
-        text = log.read_text(errors="replace")
-        if match := GAVE_UP.search(text):
-            return match[1]
-        if last_loss is None and TRACEBACK in text:
-            words = first_words([log])
-            return f"the loss is not finite, then {words[0] if words else 'a failure'}"
-    return None
 
 
 def _points(search: Search) -> list[Point]:

@@ -13,7 +13,8 @@ from pretrain.manifest import write_whole
 from pretrain.metrics import plain
 from pretrain.models.build import ModelConfig
 from pretrain.plan import flops_per_image
-from pretrain.tune import SCORE, Outcome, Sweep, Trial
+from pretrain.tune import Sweep, Trial
+from pretrain.tune_outcome import SCORE, Outcome
 from pretrain.tune_search import Losses, Point, Space, mean, verdict
 
 RESULTS, PICTURE = "tune.json", "tune.png"
@@ -52,6 +53,7 @@ def results(sweep: Sweep) -> dict[str, Any]:
         "settings": sweep.base.model_dump(mode="json"),
         "counts": {state: states.count(state) for state in dict.fromkeys(states)},
         "complete": all(outcome.is_result for _, outcome in trials),
+        "beside": sweep.beside(),
         "flops": sum(row["flops"] for row in rows),
         "seconds": sum(row["seconds"] for row in rows),
         "verdict": plain(verdict(search.spaces, judged, gridded=search.random is None)),
@@ -83,6 +85,37 @@ def brief(found: dict[str, Any]) -> dict[str, Any]:
         if row["state"] in ("diverged", "failed")
     ]
     return shown | {"losses": found["losses"], "best": best, "without a loss": failed}
+
+
+def told(found: dict[str, Any]) -> list[str]:
+    """The verdict in sentences."""
+    verdict, lines = found["verdict"], []
+    if found["beside"]:
+        names = ", ".join(found["beside"])
+        lines.append(f"not a part of this search, and not counted: {names}")
+    if not found["complete"]:
+        return lines
+    narrow, wide = found["widths"][0], found["widths"][-1]
+    edges = sorted({key for row in verdict["best"] for key in row["at_edge"]})
+    moves = f"from width {narrow} to width {wide} the best point moves by {verdict['moves']} steps"
+    if verdict["transfers"]:
+        lines.append(f"it transfers: {moves}")
+    elif verdict["transfers"] is False:
+        lines.append(
+            f"it does not transfer: {span} the best point moves by {verdict['moves']} steps"
+        )
+    elif narrow == wide:
+        lines.append("whether it transfers cannot be said of one width")
+    elif edges:
+        keys = ", ".join(edges)
+        lines.append(
+            f"whether it transfers cannot be said: best at the end of what was tried ({keys})"
+        )
+    else:
+        lines.append("whether it transfers cannot be said of these trials")
+    if verdict["wider_is_better"] is False:
+        lines.append(f"at the best point of width {narrow} a wider model is not better")
+    return lines
 
 
 def _row(

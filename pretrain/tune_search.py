@@ -6,6 +6,7 @@ Pure values: starts nothing, knows no config and no directory.
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -18,6 +19,25 @@ Losses = Mapping[Point, Sequence[float]]  # of one width, by seed; inf: diverged
 
 RANGE = re.compile(r"(log|lin):(.+?)\.\.(.+?)(?::([^:]*))?")
 HOW = "write log:2^-13..2^-7 (factors of 2), log:1e-4..1e-2:5, lin:0..1:5 or a list a,b,c"
+
+# What no search is over, and what to do instead.
+_OTHER = "losses of other lengths or other data cannot be compared; run a search for each"
+_WIDTH = "give --widths"
+NOT_SEARCHED = {
+    "run_dir": "give --out",
+    "seed": "give --seeds",
+    "threads": "it changes no loss",
+    "parametrisation": "run a search for each",
+    "steps": _OTHER,
+    "data.path": _OTHER,
+    "data.split": _OTHER,
+    "model.size": _WIDTH,
+    "model.width": _WIDTH,
+    "model.num_heads": _WIDTH,
+    "model.head_dim": "it is that of the family",
+    "model.mup.base_width": "it is that of the family",
+    "model.mup.base_depth": "it is that of the family",
+}
 
 
 class TuneError(ValueError):
@@ -70,6 +90,21 @@ def space(word: str, *, grid: bool = True) -> Space:
     if low <= 0:
         raise TuneError(f"--param {word}: log of {low:g}; begin above 0, or write lin:A..B:N")
     return Space(key, text, "log", _factors(low, high, count, word, grid=grid), (low, high))
+
+
+def check_keys(spaces: Sequence[Space], overrides: Sequence[str], parametrisation: str) -> None:
+    """Raises TuneError for a parameter that no search is over. overrides: key=value."""
+    given = {word.partition("=")[0] for word in overrides}
+    for key, times in Counter(one.key for one in spaces).items():
+        if key in NOT_SEARCHED:
+            raise TuneError(f"--param {key} is no parameter of a search: {NOT_SEARCHED[key]}")
+        if times > 1 or key in given:
+            raise TuneError(f"--param {key} is there twice, or {key} is set too; leave one out")
+        if key.startswith("model.mup.") and parametrisation == "standard":
+            raise TuneError(
+                f"--param {key}: parametrisation=standard has no use for it; set "
+                "parametrisation=mup, or leave it out"
+            )
 
 
 def _factors(low: float, high: float, count: int | None, word: str, *, grid: bool) -> Point:

@@ -17,7 +17,7 @@ from pretrain.tune import Sweep
 from pretrain.tune_search import Point, TuneError
 
 # Beside the model: what a best value depends on.
-_ALIKE = ("objective", "optim", "schedule.kind", "clip")
+_ALIKE = ("objective", "optim", "schedule.kind", "clip", "data.global_batch")
 
 
 def check(sweep: Sweep, target: Path) -> Path:
@@ -62,6 +62,7 @@ def write(sweep: Sweep, target: Path, found: dict[str, Any], command: list[str])
     tree.pop("run_dir", None)
     tree["tuning"] = TuningConfig(
         proxy=str(sweep.search.path),
+        overrides=sweep.search.overrides,
         sweep=str(sweep.search.out),
         parameters={one.key: one.text for one in spaces},
         values=best["values"],

@@ -234,7 +234,7 @@ def test_depths_are_another_axis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (["--widths", "32,64.5"], ConfigError, "'64.5' is no whole number above 0"),
         (["--widths", "1x,2x", "--lr", "0"], ConfigError, "lr"),
         (["--widths", "1x,2x", "--out", "/dev/null"], RunError, "is no directory"),
-        (["--widths", "1x"], CoordinateError, "at least two different widths"),
+        (["--widths", "1x"], CoordinateError, "at least two different ones"),
         (["--widths", "32,33"], MupError, "33 is no width of this model's family"),
         ([], ConfigError, "give one of the two"),
         (["--widths", "1x,2x", "--depths", "2,4"], ConfigError, "give one of the two"),

@@ -17,7 +17,8 @@ from pretrain.cluster import trials
 from pretrain.config import ConfigError
 from pretrain.models.mup import MupError
 from pretrain.run import RunError
-from pretrain.tune import Outcome, Search, Sweep, outcome_of
+from pretrain.tune import Search, Sweep
+from pretrain.tune_outcome import Outcome, outcome_of
 from pretrain.tune_search import TuneError, drawn, grid, name, ranked, space, verdict
 from tests import tiny
 
@@ -134,6 +135,28 @@ def test_steps_and_ends_are_of_what_was_tried() -> None:
     top = judged({24: tried | {64: [1.0]}, 96: tried | {64: [1.0]}})
     assert (top["moves"], top["transfers"]) == (0, None)
     assert [row["at_edge"] for row in top["best"]] == [["optim.lr"]] * 2
+
+
+def test_the_verdict_is_told_in_sentences() -> None:
+    def told(**verdict: Any) -> list[str]:
+        best = [{"width": 24, "at_edge": ()}, {"width": 96, "at_edge": verdict.pop("edge", ())}]
+        known = {"transfers": None, "moves": 1, "wider_is_better": True, "best": best} | verdict
+        found = {"beside": [], "complete": True, "widths": [24, 96], "verdict": known}
+        return tune_report.told(found)
+
+    span = "from width 24 to width 96 the best point moves by 1"
+    assert told(transfers=True) == [f"it transfers: {span} steps"]
+    worse = "at the best point of width 24 a wider model is not better"
+    assert told(transfers=False, wider_is_better=False) == [
+        f"it does not transfer: {span} steps",
+        worse,
+    ]
+    (line,) = told(edge=("optim.lr",))
+    assert line.endswith("cannot be said: best at the end of what was tried (optim.lr)")
+    unfinished = {"beside": ["w24-lr1-s0"], "complete": False, "widths": [24, 96], "verdict": {}}
+    assert tune_report.told(unfinished) == [
+        "not a part of this search, and not counted: w24-lr1-s0"
+    ]
 
 
 def test_no_verdict_where_all_diverged() -> None:
@@ -335,16 +358,20 @@ def test_a_search_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
         refused("optim.lrr=1,2")
     with pytest.raises(TuneError, match="seed is no parameter of a search"):
         refused("seed=1,2")
+    with pytest.raises(TuneError, match="steps is no parameter of a search: losses of other"):
+        refused("steps=10,20")
     with pytest.raises(TuneError, match="is there twice"):
         refused("optim.lr=1,2", "optim.lr=1,4")
+    with pytest.raises(TuneError, match="optim.lr is set too"):
+        refused("optim.lr=1,2", overrides=("optim.lr=3",))
+    with pytest.raises(TuneError, match="standard has no use for it"):
+        refused("model.mup.output_mult=1,2", overrides=("parametrisation=standard",))
     with pytest.raises(TuneError, match=r"two trials are called w16-lr1-s0"):
         refused("optim.lr=1,1.00000001")
     with pytest.raises(MupError, match="24 is no width"):
         refused("optim.lr=1,2", widths=(24,))
     with pytest.raises(TuneError, match="steps=4: .* at least 5"):
         refused("optim.lr=1,2", overrides=("steps=4",))
-    with pytest.raises(TuneError, match="steps=2: .* at least 5"):
-        refused("steps=20,2")
     with pytest.raises(TuneError, match="run_dir=x: tune sets that by itself"):
         refused("optim.lr=1,2", overrides=("run_dir=x",))
     with pytest.raises(TuneError, match="log.every=9: tune sets that by itself"):
