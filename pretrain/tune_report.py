@@ -101,9 +101,7 @@ def told(found: dict[str, Any]) -> list[str]:
     if verdict["transfers"]:
         lines.append(f"it transfers: {moves}")
     elif verdict["transfers"] is False:
-        lines.append(
-            f"it does not transfer: {span} the best point moves by {verdict['moves']} steps"
-        )
+        lines.append(f"it does not transfer: {moves}")
     elif narrow == wide:
         lines.append("whether it transfers cannot be said of one width")
     elif edges:
