@@ -34,7 +34,7 @@ from pretrain.models.build import ModelConfig
 from pretrain.models.mup import at_width
 from pretrain.objectives import DDPM, ObjectiveConfig
 from pretrain.optim import OptimConfig
-from pretrain.parallelize import EngineName
+from pretrain.parallelize import Compute, EngineName
 from pretrain.preview import PreviewConfig
 from pretrain.provenance import TuningConfig
 from pretrain.schedules import ScheduleConfig
@@ -74,6 +74,11 @@ class Config(BaseModel):
     threads: PositiveInt | None = None  # CPU threads a rank; null: its share of the cores
     timeout: PositiveInt = 600  # seconds a collective may take
     tuning: TuningConfig | None = None  # where `pretrain tune` has values from
+
+    @property
+    def compute(self) -> Compute:
+        """How blocks compute, gathered for `parallelize`."""
+        return Compute(self.engine, self.precision, self.remat, self.compile)
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "Config":

@@ -4,6 +4,7 @@ The order is the content: no rank ever holds the whole model (but ZeRO-1 and 2, 
 every layout starts from the same.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -21,45 +22,48 @@ from pretrain.models.moe import MoEConfig, moe_layers
 EngineName = Literal["fsdp2", "zero1", "zero2", "zero3"]
 
 
+@dataclass(frozen=True)
+class Compute:
+    """How blocks compute: what holds them, in which dtype, what backward recomputes."""
+
+    engine: EngineName = "fsdp2"
+    precision: Precision = "fp32"
+    remat: RematConfig = RematConfig()
+    compiled: bool = False
+
+
 def parallelize(
     cfg: ModelConfig,
     layout: MeshConfig,
     mesh: Mesh,
+    how: Compute,
     *,
-    engine: EngineName,
-    precision: Precision,
-    remat: RematConfig,
-    compiled: bool,
     seed: int,
     device: torch.device,
 ) -> Backend:
     """The model of `cfg`, cut over `mesh` and initialised from `seed`."""
-    if engine == "fsdp2":
-        model = sharded(cfg, layout, mesh, precision, remat)
-    else:
-        model = _cut_plainly(cfg, mesh, precision, remat)
-    if compiled:
+    fsdp2 = how.engine == "fsdp2"
+    model = sharded(cfg, layout, mesh, how) if fsdp2 else _cut_plainly(cfg, mesh, how)
+    if how.compiled:
         compile_units(model.units())
-    if engine != "fsdp2":
-        return _zero(model, int(engine[-1]), layout, mesh, cfg.zero_init_std, seed, device)
+    if not fsdp2:
+        return _zero(model, int(how.engine[-1]), layout, mesh, cfg.zero_init_std, seed, device)
     fsdp.materialise(model, device, offload=layout.offload)
     initialise(model, seed, cfg.zero_init_std)
     return fsdp.FSDP(model.train(), mesh, device)
 
 
-def sharded(
-    cfg: ModelConfig, layout: MeshConfig, mesh: Mesh, precision: Precision, remat: RematConfig
-) -> Model:
+def sharded(cfg: ModelConfig, layout: MeshConfig, mesh: Mesh, how: Compute) -> Model:
     """The model on meta, cut as FSDP2 holds it; nothing is allocated."""
-    model = _on_meta(cfg, precision)
+    model = _on_meta(cfg, how.precision)
     cut(model, mesh, tensor.DTENSOR)
-    apply(model.units(), remat)
+    apply(model.units(), how.remat)
     parts = fsdp.Parts(model.units(), model.routers(), [e.experts for e in moe_layers(model)])
     fsdp.shard(
         model,
         parts,
         mesh,
-        precision,
+        how.precision,
         reshard_after_forward=layout.reshard_after_forward,
         offload=layout.offload,
         unit_bytes=layout.unit_mb << 20,
@@ -67,16 +71,16 @@ def sharded(
     return model
 
 
-def _cut_plainly(cfg: ModelConfig, mesh: Mesh, precision: Precision, remat: RematConfig) -> Model:
+def _cut_plainly(cfg: ModelConfig, mesh: Mesh, how: Compute) -> Model:
     """The model on meta as DeepSpeed takes it: plain local tensors, Megatron's linears."""
     hold = tensor.Hold(as_dtensor=False)
     if mesh.tp.size > 1:
         from parallel import megatron
 
         hold = tensor.Hold(False, megatron.column, megatron.row, megatron.gathered)
-    model = _on_meta(cfg, precision)
+    model = _on_meta(cfg, how.precision)
     cut(model, mesh, hold)
-    apply(model.units(), remat)
+    apply(model.units(), how.remat)
     return model.train()
 
 

@@ -125,7 +125,7 @@ def built(cfg: Config, sizes: Degrees, rank: int = 0) -> dict[str, int]:
     """
     with rehearsed(rank, sizes.world):
         mesh = Mesh(sizes, "cpu")
-        model = sharded(cfg.model, cfg.mesh, mesh, cfg.precision, cfg.remat)
+        model = sharded(cfg.model, cfg.mesh, mesh, cfg.compute)
         shards = [local(parameter) for parameter in model.parameters()]
         owned = [piece.values for piece in fsdp.pieces(model, mesh).values()]
     held, own = (sum(t.numel() * t.element_size() for t in ts) for ts in (shards, owned))

@@ -75,17 +75,7 @@ def train(cfg: Config) -> None:
     mesh = Mesh(sizes, device.type, ordered=cfg.deterministic)
     run = Run(folder, place.rank)
     loader = Loader(cfg.data, mesh.data.rank, mesh.data.size, seed=cfg.seed)
-    backend = parallelize(
-        cfg.model,
-        cfg.mesh,
-        mesh,
-        engine=cfg.engine,
-        precision=cfg.precision,
-        remat=cfg.remat,
-        compiled=cfg.compile,
-        seed=cfg.seed,
-        device=device,
-    )
+    backend = parallelize(cfg.model, cfg.mesh, mesh, cfg.compute, seed=cfg.seed, device=device)
     state = TrainState.new(backend, cfg.optim, cfg.ema, cfg.guard, seed=cfg.seed)
     engine = Engine(state, cfg.objective, cfg.schedule, step_config(cfg), mesh, run.say)
     launch.limit(timeout)  # of every group, those of libraries too

@@ -177,11 +177,10 @@ def router_stays_fp32() -> None:
 
     from parallel import launch
     from parallel.mesh import Mesh, MeshConfig, degrees
-    from parallel.remat import RematConfig
     from pretrain import config
     from pretrain.models.moe import moe_layers
     from pretrain.models.udit import UDiTConfig
-    from pretrain.parallelize import parallelize
+    from pretrain.parallelize import Compute, parallelize
 
     place = launch.Place.here()
     device = launch.join(place, threads=1, timeout=timedelta(seconds=60))
@@ -192,10 +191,7 @@ def router_stays_fp32() -> None:
         cfg,
         MeshConfig(),
         mesh,
-        engine="fsdp2",
-        precision="bf16",
-        remat=RematConfig(),
-        compiled=False,
+        Compute(precision="bf16"),
         seed=0,
         device=device,
     ).model

@@ -11,13 +11,12 @@ from torch import Tensor
 from data_pipeline.cursor import Cursor
 from parallel import launch
 from parallel.mesh import Mesh, MeshConfig, degrees
-from parallel.remat import RematConfig
 from parallel.shards import Piece
 from pretrain.ema import EMAConfig
 from pretrain.guard import GuardConfig
 from pretrain.models.build import ModelConfig
 from pretrain.optim import OptimConfig
-from pretrain.parallelize import EngineName, parallelize
+from pretrain.parallelize import Compute, EngineName, parallelize
 from pretrain.state import TrainState
 from tests import ranks, tiny
 
@@ -41,10 +40,7 @@ def restarts(model_name: str, engine: EngineName, layout: dict[str, Any]) -> Non
         cfg,
         cut,
         Mesh(degrees(cut, place.world), device.type),
-        engine=engine,
-        precision="fp32",
-        remat=RematConfig(),
-        compiled=False,
+        Compute(engine),
         seed=3,
         device=device,
     )
