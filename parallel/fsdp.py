@@ -18,6 +18,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import _disable_current_modes
 
+from parallel import clock
 from parallel.mesh import Mesh
 from parallel.precision import COMPUTE, Precision, policy
 from parallel.shards import Extent, Piece, box_of, local
@@ -83,7 +84,19 @@ def shard(
         module.set_gradient_divide_factor(1.0)
         if mesh.ordered:
             module.set_custom_reduce_scatter(OrderedReduceScatter())
+        _time_collectives(module)
     return model
+
+
+def _time_collectives(module: FSDPModule) -> None:
+    """Gathers and scatters of a module, and what waits for them, count as communication."""
+    state = module._get_fsdp_state()
+    # why: torch 2.13 has a list of groups, torch 2.11 one.
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    for group in groups:
+        if group is not None:
+            for name in ("unshard", "wait_for_unshard", "post_backward", "finalize_backward"):
+                setattr(group, name, clock.spends("communication")(getattr(group, name)))
 
 
 def _hide_gathers(modules: Sequence[nn.Module]) -> None:
@@ -181,9 +194,12 @@ class FSDP:
 
     def step(self, update: Callable[[], None]) -> None:
         update()
+        self.forget()
+        self.publish()
+
+    def forget(self) -> None:
         for parameter in self.model.parameters():
             parameter.grad = None
-        self.publish()
 
     def publish(self) -> None:
         """Why reshard: after a forward without backward FSDP keeps the gathered copies of the root
@@ -194,6 +210,7 @@ class FSDP:
         for module in sharded_modules(self.model):
             module.reshard()
 
+    @clock.spends("communication")
     @torch.no_grad()
     def _over_replicas(self, shards: dict[str, Tensor]) -> dict[str, Tensor]:
         """Each replica's own interval of every gradient, summed over replicas in their order."""
@@ -211,6 +228,7 @@ class FSDP:
             reduced |= dict(zip(names, total.split(sizes), strict=True))
         return reduced
 
+    @clock.spends("communication")
     @torch.no_grad()
     def _gather_replicas(self) -> None:
         axis = self._mesh.replicate

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from parallel.clock import spending
 from parallel.errors import LayoutError
 from parallel.mesh import Axis
 from parallel.reduce import sum_over
@@ -101,7 +102,8 @@ class _Scatter(torch.autograd.Function):
 
 def _gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
     parts = x.new_empty(axis.size, *x.shape)
-    dist.all_gather(list(parts.unbind()), x.contiguous(), group=axis.group)  # dist: the axis
+    with spending("communication"):
+        dist.all_gather(list(parts.unbind()), x.contiguous(), group=axis.group)  # dist: the axis
     return torch.cat(parts.unbind(), dim=dim)
 
 
