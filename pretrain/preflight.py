@@ -85,7 +85,7 @@ def check_axes(cfg: Config, sizes: Degrees) -> None:
             f"set mesh.ep={_largest(moe.experts, sizes.ep)}"
         )
     if cfg.compile and moe is not None and sizes.ep > 1 and moe.dispatcher == "exact":
-        # why: the sizes of what is exchanged are numbers of the graph, which would change with them.
+        # why: the sizes of what is exchanged are numbers in the graph, which would change too.
         raise LayoutError(
             f"compile=true with mesh.ep={sizes.ep} and model.moe.dispatcher=exact: how much ranks "
             "exchange changes every step, and a graph with it; set model.moe.dispatcher=static, "
