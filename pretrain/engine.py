@@ -15,7 +15,7 @@ from torch import Tensor
 from data_pipeline.batch import Batch
 from data_pipeline.cursor import Stretch
 from parallel.mesh import Mesh
-from parallel.reduce import ordered_sum, sum_of_squares
+from parallel.reduce import ordered_sum, ordered_sum_and_max, sum_of_squares
 from pretrain import balance
 from pretrain.guard import reasons
 from pretrain.models.moe import MoEConfig, Routing, moe_layers
@@ -109,7 +109,7 @@ class Engine:
         gradients, pieces = state.backend.gradients(), state.backend.pieces
         squares = sum_of_squares(((pieces[n], g) for n, g in gradients.items()), self._device)
         local = torch.cat([torch.stack([squares, flag]), seen])
-        total = ordered_sum(local)  # dist: every rank, once a step
+        total, maxima = ordered_sum_and_max(local, state.fp8.maxima())  # dist: every rank, once
         norm, stop, loss, dropped = total[0].sqrt(), total[1], total[2], total[3]
         load = total[4:].view(shape)
         judged = torch.stack([loss, norm])
@@ -119,6 +119,7 @@ class Engine:
         factor = self._schedule(state.step, cfg.steps)
         lr = state.optimizer.step(gradients, factor, divisor, skip)
         state.ema.update(state.step, state.optimizer.updates, skip)
+        state.fp8.advance(maxima, skip)
         if cfg.moe is not None and cfg.moe.balance == "bias":
             biases = [layer.router.bias for layer in self._layers]
             balance.update_biases(biases, load.sum(dim=1), cfg.moe.bias_rate, skip)
