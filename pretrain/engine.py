@@ -199,6 +199,14 @@ class Engine:
             self._state.backend.backward(objective, last=index == cfg.accum - 1)
         return loss, load, dropped
 
+    @torch.no_grad()
+    def loss_of(self, batch: Batch) -> Tensor:
+        """Mean loss, (), of a step's first micro-batch over all ranks; nothing is changed."""
+        losses, _, _ = self._forward(batch.split(self._cfg.accum)[0].to(self._device))
+        local = torch.stack([losses.double().sum(), losses.new_tensor(len(losses)).double()])
+        total = ordered_sum(local, self._mesh.data)  # dist: the data ranks
+        return total[0] / total[1]
+
     def _forward(self, batch: Batch) -> tuple[Tensor, list[Routing], Tensor]:
         """Loss of each sample, (B,); routing of each MoE layer; timestep bin of a sample, (B,)."""
         shape, tables = batch.x.shape[1:], self._cfg.dropout_draws

@@ -70,6 +70,7 @@ class Meter:
             "memory_gb": _memory() / 1e9,
             "skipped": state.skipped,
         }
+        values |= state.fp8.metrics()
         if metrics.load.numel():
             dropped = float(metrics.dropped)
             values |= moe_load(metrics.load) | {"moe.dropped": dropped - self._dropped}

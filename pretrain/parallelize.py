@@ -12,7 +12,7 @@ import torch
 from parallel import fsdp, tensor
 from parallel.backend import Backend
 from parallel.dispatch import Dispatcher, Exact, Static
-from parallel.fp8.backends import backend_for
+from parallel.fp8.backends import backend_for, capability
 from parallel.fp8.recipes import FP8Config
 from parallel.fp8.scaling import attach
 from parallel.mesh import Mesh, MeshConfig
@@ -49,7 +49,7 @@ def parallelize(
     fsdp2 = how.engine == "fsdp2"
     model = sharded(cfg, layout, mesh, how) if fsdp2 else _cut_plainly(cfg, mesh, how)
     if how.precision == "fp8":
-        attach(model.units(), how.fp8, backend_for(how.fp8, device), mesh.tp, device)
+        attach(model.units(), how.fp8, backend_for(how.fp8, capability(device)), mesh.tp, device)
     if how.compiled:
         compile_units(model.units())
     if not fsdp2:

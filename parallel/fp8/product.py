@@ -47,7 +47,7 @@ class Product:
     axis: Axis = ALONE  # that cuts the weight
     on: bool = True  # false: fell back to bf16
     compared: list[Tensor] = field(default_factory=list)  # (2,) each: squares of error and output
-    shapes: set[tuple[int, int, int]] = field(default_factory=set)  # (M, N, K) met in `measure`
+    shapes: set[tuple[int, ...]] = field(default_factory=set)  # (M, N, K[, E]) met in `measure`
 
     @property
     def in_fp8(self) -> bool:

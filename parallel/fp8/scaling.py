@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from parallel.fp8.product import ATTENTION, OPERANDS, Product, Switch
-from parallel.fp8.recipes import Backend, FP8Config
+from parallel.fp8.recipes import Backend, FP8Config, Recipe
 from parallel.mesh import ALONE, Axis
 
 PREFIX = "fp8."  # of the names in a checkpoint
+LOST = 2.0**-12  # of the range; e4m3 reaches down to 2^-15 of its largest value, e5m2 to 2^-30
 
 
 def attach(
@@ -27,20 +28,21 @@ def attach(
     """
     switch = Switch()
 
-    def fresh(operands: int, axis: Axis) -> Product:
+    def fresh(operands: int, axis: Axis, recipe: Recipe) -> Product:
         past, seen = (torch.zeros(operands, device=device) for _ in range(2))
-        return Product(cfg.recipe, cfg.margin, backend, cfg.history, switch, past, seen, axis)
+        return Product(recipe, cfg.margin, backend, cfg.history, switch, past, seen, axis)
 
     chosen = units[cfg.keep_first : len(units) - cfg.keep_last]
     for module in (module for unit in chosen for module in unit.modules()):
         for name in getattr(module, "fp8_products", ()):
             part = getattr(module, name)
             if isinstance(part, nn.Module):
-                part.fp8 = fresh(len(OPERANDS), tp)
+                part.fp8 = fresh(len(OPERANDS), tp, cfg.recipe)
             elif part is not None:
-                module.fp8 = {**module.fp8, name: fresh(len(OPERANDS), ALONE)}
+                module.fp8 = {**module.fp8, name: fresh(len(OPERANDS), ALONE, cfg.recipe)}
         if cfg.attention and hasattr(module, "fp8_attention"):
-            module.fp8_attention = fresh(len(ATTENTION), ALONE)
+            # why: cuDNN's kernel on Hopper has no other; linears may have another beside it.
+            module.fp8_attention = fresh(len(ATTENTION), ALONE, "delayed")
 
 
 def products(model: nn.Module) -> dict[str, Product]:
@@ -115,6 +117,20 @@ class Scaling:
             self.tensors()[name].zero_()
         return missing
 
+    def stale(self) -> list[str]:
+        """Products with an operand whose last maximum is lost below what its scale allows for."""
+        if not self._seen:
+            return []
+        last, past = self._history[:, 0], self._history.amax(1)
+        lost = (last > 0) & (last < past * LOST)
+        found = [bool(of_one.any()) for of_one in lost.cpu().split(self._sizes)]  # sync: on asking
+        names = (name.removeprefix(PREFIX).removesuffix(".history") for name in self._names)
+        return [name for name, is_lost in zip(names, found, strict=True) if is_lost]
+
+    def metrics(self) -> dict[str, Any]:
+        """What metrics.jsonl holds of FP8."""
+        return {"fp8.gap": self.gap, "fp8.fallbacks": len(self.off)} if self.products else {}
+
     @property
     def off(self) -> list[str]:
         """Names of products that fell back to bf16."""
@@ -127,17 +143,18 @@ class Scaling:
 
     def scalars(self) -> dict[str, Any]:
         """What a checkpoint holds beside the histories."""
-        return {"off": self.off, "chosen": self.chosen}
+        return {"off": self.off, "chosen": self.chosen, "gap": self.gap}
 
     def take(self, scalars: Mapping[str, Any]) -> None:
         """Takes them back; what a checkpoint without FP8 does not hold is as at the start."""
         self.turn_off(scalars.get("off", []))
         self.chosen = scalars.get("chosen", False)
+        self.gap = scalars.get("gap")
         self.loaded()
 
     def restart(self) -> None:
         """Forgets everything."""
         self._history.zero_()
         self.turn_off([])
-        self.chosen = False
+        self.chosen, self.gap = False, None
         self.loaded()
