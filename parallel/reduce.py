@@ -26,6 +26,17 @@ def ordered_sum(values: Tensor, axis: Axis | None = None) -> Tensor:
     return parts.sum(dim=0)
 
 
+def ordered_sum_and_max(values: Tensor, maxima: Tensor) -> tuple[Tensor, Tensor]:
+    """The same over all ranks, and beside it maxima of others, (m,), of the same dtype."""
+    size = dist.get_world_size()
+    if size == 1:
+        return values.clone(), maxima.clone()
+    both = torch.cat([values, maxima])
+    parts = both.new_empty(size, both.numel())
+    dist.all_gather(list(parts), both)  # dist: every rank
+    return parts[:, : len(values)].sum(0), parts[:, len(values) :].amax(0)
+
+
 def sum_over(x: Tensor, axis: Axis) -> Tensor:
     """Sum over an axis, any shape, a new tensor, equal bit for bit on its ranks."""
     if axis.ordered:

@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from data_pipeline.loader import LoaderConfig
+from parallel.fp8.recipes import FP8Config
 from parallel.mesh import Degrees, MeshConfig
 from parallel.precision import Precision
 from parallel.remat import RematConfig
@@ -65,6 +66,7 @@ class Config(BaseModel):
     profile: ProfileConfig = ProfileConfig()
     engine: EngineName = "fsdp2"
     precision: Precision = "fp32"
+    fp8: FP8Config = FP8Config()
     remat: RematConfig = RematConfig()
     compile: bool = False  # blocks through torch.compile
     parametrisation: Literal["standard", "mup"] = "standard"
@@ -80,7 +82,7 @@ class Config(BaseModel):
     @property
     def compute(self) -> Compute:
         """How blocks compute, gathered for `parallelize`."""
-        return Compute(self.engine, self.precision, self.remat, self.compile)
+        return Compute(self.engine, self.precision, self.remat, self.compile, self.fp8)
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "Config":

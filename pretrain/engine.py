@@ -17,7 +17,7 @@ from data_pipeline.batch import Batch, sent
 from data_pipeline.cursor import Stretch
 from parallel.clock import spending
 from parallel.mesh import Mesh
-from parallel.reduce import ordered_sum, sum_of_squares
+from parallel.reduce import ordered_sum, ordered_sum_and_max, sum_of_squares
 from pretrain import balance
 from pretrain.guard import reasons
 from pretrain.models.moe import MoEConfig, Routing, moe_layers
@@ -112,7 +112,7 @@ class Engine:
         gradients, pieces = state.backend.gradients(), state.backend.pieces
         squares = sum_of_squares(((pieces[n], g) for n, g in gradients.items()), self._device)
         local = torch.cat([torch.stack([squares, flag]), seen])
-        total = ordered_sum(local)  # dist: every rank, once a step
+        total, maxima = ordered_sum_and_max(local, state.fp8.maxima())  # dist: every rank, once
         norm, stop, loss, dropped = total[0].sqrt(), total[1], total[2], total[3]
         load = total[4:].view(shape)
         judged = torch.stack([loss, norm])
@@ -122,6 +122,7 @@ class Engine:
         factor = self._schedule(state.step, cfg.steps)
         lr = state.optimizer.step(gradients, factor, divisor, skip)
         state.ema.update(state.step, state.optimizer.updates, skip)
+        state.fp8.advance(maxima, skip)
         if cfg.moe is not None and cfg.moe.balance == "bias":
             biases = [layer.router.bias for layer in self._layers]
             balance.update_biases(biases, load.sum(dim=1), cfg.moe.bias_rate, skip)
@@ -140,6 +141,7 @@ class Engine:
         loss, _, _ = self._forward(Batch(torch.zeros(size, *shape), labels, slots, slots))
         self._state.backend.backward(loss.sum(), last=True)
         self._state.backend.forget()
+        self._state.fp8.loaded()  # what was seen of the zeros is forgotten too
 
     @property
     def position(self) -> int:
@@ -214,6 +216,14 @@ class Engine:
             with spending("backward"):
                 self._state.backend.backward(objective, last=index == cfg.accum - 1)
         return loss, load, dropped
+
+    @torch.no_grad()
+    def loss_of(self, batch: Batch) -> Tensor:
+        """Mean loss, (), of a step's first micro-batch over all ranks; nothing is changed."""
+        losses, _, _ = self._forward(batch.split(self._cfg.accum)[0])
+        local = torch.stack([losses.double().sum(), losses.new_tensor(len(losses)).double()])
+        total = ordered_sum(local, self._mesh.data)  # dist: the data ranks
+        return total[0] / total[1]
 
     def _forward(self, batch: Batch) -> tuple[Tensor, list[Routing], Tensor]:
         """Loss of each sample, (B,); routing of each MoE layer; timestep bin of a sample, (B,)."""

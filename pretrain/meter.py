@@ -77,6 +77,7 @@ class Meter:
         }
         parts = self._clock.read()
         values |= {f"time.{kind}": parts.get(kind, 0.0) / steps for kind in KINDS}
+        values |= state.fp8.metrics()
         if metrics.load.numel():
             dropped = float(metrics.dropped)
             values |= moe_load(metrics.load) | {"moe.dropped": dropped - self._dropped}

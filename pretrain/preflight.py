@@ -10,6 +10,7 @@ from data_pipeline.loader import check
 from data_pipeline.shards import Manifest
 from parallel import deepspeed, tensor
 from parallel.errors import LayoutError
+from parallel.fp8.backends import backend_for, capability, check_attention
 from parallel.mesh import Degrees, degrees
 from pretrain import config, run, sampling
 from pretrain.config import Config
@@ -26,6 +27,7 @@ def preflight(cfg: Config, world: int) -> Manifest:
     config.check_batch(cfg, sizes)
     check_engine(cfg, sizes)
     check_axes(cfg, sizes)
+    check_fp8(cfg)
     manifest = check(
         cfg.data,
         num_classes=cfg.model.num_classes,
@@ -107,6 +109,28 @@ def check_axes(cfg: Config, sizes: Degrees) -> None:
             f"remat.every={cfg.remat.every} chooses none of the model's {units} units; "
             f"set remat.every to at most {units}, or remat.mode=none"
         )
+
+
+def check_fp8(cfg: Config) -> None:
+    """Raises LayoutError if the model cannot train in FP8 as it is asked to, on this machine."""
+    if cfg.precision != "fp8":
+        return
+    if cfg.engine != "fsdp2":
+        raise LayoutError(
+            f"precision=fp8 with engine={cfg.engine}: DeepSpeed gathers fp32 weights, and under tp "
+            "Megatron's linears multiply by themselves, so no product would be in FP8 as it says; "
+            "set engine=fsdp2, or precision=bf16"
+        )
+    with torch.device("meta"):
+        units = len(build(cfg.model).units())
+    if cfg.fp8.keep_first + cfg.fp8.keep_last >= units:
+        raise LayoutError(
+            f"fp8.keep_first + fp8.keep_last = {cfg.fp8.keep_first} + {cfg.fp8.keep_last} leaves "
+            f"none of the model's {units} blocks in FP8; lower them, or set precision=bf16"
+        )
+    chip = capability(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    backend_for(cfg.fp8, chip)
+    check_attention(cfg.fp8, chip, cfg.model.head_dims())
 
 
 def _largest(whole: int, limit: int) -> int:

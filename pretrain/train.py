@@ -19,6 +19,7 @@ from pretrain import config
 from pretrain.checkpoint import Checkpoint
 from pretrain.config import Config
 from pretrain.engine import Engine, StepConfig
+from pretrain.fp8_guard import FP8Guard
 from pretrain.meter import Meter
 from pretrain.metrics import Log
 from pretrain.parallelize import parallelize
@@ -79,6 +80,7 @@ def train(cfg: Config) -> None:
     backend = parallelize(cfg.model, cfg.mesh, mesh, cfg.compute, seed=cfg.seed, device=device)
     state = TrainState.new(backend, cfg.optim, cfg.ema, cfg.guard, seed=cfg.seed)
     engine = Engine(state, cfg.objective, cfg.schedule, step_config(cfg), mesh, run.say)
+    watch = FP8Guard(cfg.fp8, state, engine.loss_of, run.say)
     launch.limit(timeout)  # of every group, those of libraries too
     manifest, settings = loader.info, cfg.model_dump(mode="json")
     facts = {
@@ -119,6 +121,7 @@ def train(cfg: Config) -> None:
     while not stop and state.step < cfg.steps:
         profile.reach(state.step)
         batch, cursor = next(batches)
+        watch.check(batch)
         metrics = engine.step(batch, stop=timeline.asked(state.step, run.asked_to_stop()))
         seen.append(state.step + 1, engine.position, batch)
         state.advance(cursor)

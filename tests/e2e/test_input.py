@@ -86,7 +86,7 @@ TYPED = [  # overrides; parts of the message
     ("optim.lr=fast", ["optim.lr='fast' must be a number"]),
     ("data.global_batch=0", ["data.global_batch=0 must be greater than 0"]),
     ("data.check_crc=maybe", ["data.check_crc='maybe' must be true or false"]),
-    ("precision=fp8", ["precision='fp8' must be 'fp32'.* or 'bf16'; change precision"]),
+    ("precision=fp4", ["precision='fp4' must be 'fp32'.* or 'fp8'; change precision"]),
     ("mesh=2", ["mesh=2 must be a group of keys"]),
     ("model=dit", ["model='dit' must be a group of keys"]),
     ("model.family=ditt", ['model.family=ditt is not known: did you mean "dit"']),

@@ -62,6 +62,7 @@ def test_the_models_know_no_mesh_and_no_objective() -> None:
         allowed = (
             "pretrain.models",
             "parallel.experts",
+            "parallel.fp8",
             "parallel.dispatch",
             "parallel.tensor",
             "parallel.shards",
