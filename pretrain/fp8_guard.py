@@ -1,13 +1,13 @@
-"""Whether FP8 costs anything: the loss against bf16, on a schedule, and who falls back if it does.
+"""Whether FP8 costs anything: compared with bf16 on a schedule, and who falls back if it does.
 
-The same micro-batch is computed with FP8 and without, no gradients. Above the limit every product
-is compared with bf16 on the same input; those that stand out fall back by name, or else the worst,
-until the gap is small. A scale of a gradient shows in its history alone. Decisions are the same on
-all ranks and part of the checkpoint.
+A micro-batch passes twice, without gradients: once in bf16, every product being compared with what
+FP8 makes of the same input; once in FP8. A product that stands out falls back by name. If the loss
+is then still too far from bf16's, the worst products follow until it is not. A scale of a gradient
+shows in its history alone. Decisions are the same on all ranks and part of the checkpoint.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -73,28 +73,27 @@ class FP8Guard:
         scaling.chosen = True
 
     def _compare(self, batch: Batch) -> None:
-        scaling = self._state.fp8
-        stale = [name for name in scaling.stale() if name not in scaling.off]
-        self._fall_back(stale, "their scales allow for what is long past")
-        with self._mode("plain"):
-            plain = float(self._loss(batch))  # sync: the guard's own schedule
-        scaling.gap = self._gap(batch, plain)
-        if scaling.gap <= self._cfg.guard_limit or not math.isfinite(plain):
+        scaling, limit = self._state.fp8, self._cfg.guard_limit
+        if len(scaling.off) == len(self._products):
             return
         with self._mode("measure"):
-            self._loss(batch)
+            plain = float(self._loss(batch))  # sync: the guard's own schedule
         errors = self._errors()
-        found = scaling.gap
-        for names in blamed(errors):
-            self._fall_back(
-                names,
-                f"the loss is {found:.2%} from bf16's, more than {self._cfg.guard_limit:.2%}, and "
-                f"their outputs by {', '.join(f'{errors[n]:.2g}' for n in names)} of themselves",
-            )
-            scaling.gap = self._gap(batch, plain)
-            if scaling.gap <= self._cfg.guard_limit:
+        if not math.isfinite(plain):
+            return  # why: a model that is broken in bf16 says nothing about FP8
+        self._fall_back(
+            [name for name in scaling.stale() if name in errors],
+            "a scale allows for values that are long past, and loses those of now",
+        )
+        odd = standing_out(errors)
+        off = ", ".join(f"{errors[name]:.2g}" for name in odd)
+        self._fall_back(odd, f"their outputs are off by {off} of their size")
+        scaling.gap = self._gap(batch, plain)
+        for names in worst_first(errors, scaling.off):
+            if scaling.gap <= limit:
                 break
-        self._say(f"fp8: with them in bf16 the gap of the loss is {scaling.gap:.3%}")
+            self._fall_back(names, f"the loss is {scaling.gap:.2%} from bf16's, above {limit:.2%}")
+            scaling.gap = self._gap(batch, plain)
 
     def _gap(self, batch: Batch, plain: float) -> float:
         with self._mode("fp8"):
@@ -102,13 +101,14 @@ class FP8Guard:
         return abs(ours - plain) / abs(plain) if math.isfinite(ours) else math.inf
 
     def _fall_back(self, names: list[str], reason: str) -> None:
-        if names:
-            scaling = self._state.fp8
-            scaling.turn_off([*scaling.off, *names])
+        scaling = self._state.fp8
+        new = [name for name in names if name not in scaling.off]
+        if new:
+            scaling.turn_off([*scaling.off, *new])
             # why: a compiled block with another choice is another graph.
-            torch._dynamo.config.recompile_limit += len(names)
+            torch._dynamo.config.recompile_limit += len(new)
             step = self._state.step
-            self._say(f"fp8, step {step}: {', '.join(names)} fall back to bf16: {reason}")
+            self._say(f"fp8, step {step}: back to bf16: {', '.join(new)}: {reason}")
 
     def _errors(self) -> dict[str, float]:
         """Relative error of each product's output over all ranks, since the last call."""
@@ -133,20 +133,18 @@ class FP8Guard:
             switch.mode = "train"
 
 
-def blamed(errors: Mapping[str, float]) -> Iterator[list[str]]:
-    """Who falls back, a list at a time until the caller is content.
-
-    errors: of each product's output, relative. First all that stand out; then the worst of the
-    rest, each time twice as many, until none is left.
-    """
-    worst = sorted(errors, key=lambda n: -errors[n] if errors[n] == errors[n] else -math.inf)
+def standing_out(errors: Mapping[str, float]) -> list[str]:
+    """Products whose error no rounding explains. errors: of each output, relative."""
     known = sorted(error for error in errors.values() if math.isfinite(error))
     median = known[len(known) // 2] if known else 0.0
     limit = max(STANDS_OUT, TIMES * median)
-    out = [name for name in worst if not errors[name] <= limit]
-    if out:
-        yield out
-    rest, many = worst[len(out) :], 1
+    return [name for name, error in errors.items() if not error <= limit]
+
+
+def worst_first(errors: Mapping[str, float], off: Sequence[str]) -> Iterator[list[str]]:
+    """The products that are on, those of the largest errors first, each time twice as many."""
+    rest = sorted(errors.keys() - off, key=lambda name: (-errors[name], name))
+    many = 1
     while rest:
         yield rest[:many]
         rest, many = rest[many:], 2 * many

@@ -42,7 +42,7 @@ class FP8Config(BaseModel):
     # auto: Transformer Engine if it is there, else torch; without such a GPU an emulation
     backend: Backend | Literal["auto"] = "auto"
     guard_every: PositiveInt | None = 200  # steps between comparisons with bf16; null: none
-    guard_limit: PositiveFloat = 0.02  # largest relative gap of the loss to bf16
+    guard_limit: PositiveFloat = 0.005  # largest relative gap of the loss to bf16
 
 
 class Quantised(NamedTuple):
