@@ -73,16 +73,18 @@ def plan(
     path: ConfigPath,
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=0, help="Ranks; 0: as the mesh says.")] = 0,
-    device: Annotated[str, typer.Option(help="h100 | h200 | cpu")] = "h100",
+    device: Annotated[str, typer.Option(help="a100 | h100 | h200 | b200 | cpu | …")] = "h100",
+    price: Annotated[float | None, typer.Option(help="What a GPU hour costs.")] = None,
     links: Annotated[
         Path | None, typer.Option(help="What the site reaches; default: its links.json.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Parameters, FLOPs, bytes per rank and hours of a run, before anybody pays for it."""
-    from pretrain import planned
+    from pretrain.planning import planned
 
-    show(planned.of(config.load(path, overrides or []), gpus, device, links), as_json)
+    cfg = config.load(path, overrides or [])
+    show(planned.of(cfg, gpus, device, links, price), as_json)
 
 
 @app.command()
