@@ -80,11 +80,13 @@ def plan(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Parameters, FLOPs, bytes per rank and hours of a run, before anybody pays for it."""
-    from pretrain.planning import planned
+    """Parameters, FLOPs, bytes per rank, hours and cost of a run, before anybody pays for it; with
+    --gpus also the layouts that fit, best first."""
+    from pretrain.planning import planned, screen
 
     cfg = config.load(path, overrides or [])
-    show(planned.of(cfg, gpus, device, links, price), as_json)
+    found = planned.of(cfg, gpus, device, links, price, search=gpus > 0)
+    show(found, as_json=True) if as_json else screen.show(found, name=path.stem)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from parallel.remat import RematConfig
 from pretrain.models.families import ModelConfig
-from pretrain.planning.anatomy import Anatomy, Site, anatomy
+from pretrain.planning.anatomy import Site, anatomy
 
 FLOAT = 4  # bytes of float32
 INDEX = 8  # bytes of an int64
@@ -181,7 +181,7 @@ def unit(cfg: ModelConfig, index: int, sizes: Sizes) -> Kept:
 
 
 def around(cfg: ModelConfig, sizes: Sizes) -> int:
-    """What is kept outside the blocks: conditions, embedding, skips, resampling, head, loss."""
+    """What is kept outside the blocks: conditions, embedding, skips, resampling, head."""
     whole = anatomy(cfg)
     total = 0
     for layer in whole.around:
@@ -195,10 +195,12 @@ def around(cfg: ModelConfig, sizes: Sizes) -> int:
                 layer.inner * sizes.item + 2 * FLOAT
             )
         total += sizes.images * entering
-    return total + _loss(whole, sizes)
+    return total
 
 
-def _loss(whole: Anatomy, sizes: Sizes) -> int:
+def loss(cfg: ModelConfig, sizes: Sizes) -> int:
+    """Noise, noised latents, prediction and what the loss makes of them."""
+    whole = anatomy(cfg)
     inside, outside = whole.channels
     return sizes.images * whole.pixels * (2 * outside + 4 * inside) * FLOAT
 

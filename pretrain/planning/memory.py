@@ -8,18 +8,18 @@ measured of it (tests/unit/test_planning_memory.py), FSDP2's and DeepSpeed's own
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 
+from parallel.mesh import Degrees
 from pretrain.models.families import ModelConfig
 from pretrain.planning import activations
 from pretrain.planning.activations import Kept, Sizes
 from pretrain.planning.anatomy import anatomy
 from pretrain.planning.layout import Layout
-from pretrain.planning.parameters import Parameter, parameters
-from pretrain.planning.shares import MASTER, Shares, groups
+from pretrain.planning.shares import MASTER, Held, groups, held
 
 REPLICAS = 64 << 20  # bytes exchanged between replicas at a time: parallel.fsdp
 BUCKET = 1 << 26  # values reduced or gathered in one call: parallel.deepspeed
-PERSIST = 100_000  # values up to which ZeRO-3 keeps a parameter gathered
 LIVE = 10**9  # values of others that ZeRO-3 keeps gathered for backward: DeepSpeed's default
 FRAGMENTS = 0.05  # of all that is allocated, lost between the blocks of CUDA's allocator
 
@@ -44,25 +44,19 @@ class PerRank:
 
 
 def per_rank(cfg: ModelConfig, layout: Layout) -> PerRank:
-    shares, held = Shares(layout.sizes), parameters(cfg)
     walk = _Walk(layout, layout.of_micro_batch(anatomy(cfg).moe), cfg)
-    if layout.stage:
-        moments, standing = _zero(layout, shares, held, walk)
-    else:
-        moments, standing = _fsdp(layout, shares, held, walk)
+    moments, standing = (_zero if layout.stage else _fsdp)(layout, held(cfg, layout.sizes), walk)
     fuller = max(moments, key=_sum)
     return _summed(standing | fuller, layout, 0 if layout.device == "cpu" else reduced(cfg, layout))
 
 
 def reduced(cfg: ModelConfig, layout: Layout) -> int:
     """Bytes of the sharded float32 gradients after backward."""
-    shares, held = Shares(layout.sizes), parameters(cfg)
+    values = held(cfg, layout.sizes)
     if layout.stage:
-        return MASTER * sum(-(-shares.gathered(p) // shares.ranks(p)) for p in held)
-    shard = sum(shares.sharded(p) for p in held)
-    own = sum(shares.owned(shares.sharded(p)) for p in held)
+        return MASTER * values.part
     # why: replicas reduce into the part they own, beside the gradient of the whole shard.
-    return MASTER * (shard + (own if layout.sizes.dp_replicate > 1 else 0))
+    return MASTER * (values.shard + (values.own if layout.sizes.dp_replicate > 1 else 0))
 
 
 def _sum(moment: Moment) -> int:
@@ -90,11 +84,12 @@ class _Walk:
     sizes: Sizes
     cfg: ModelConfig
 
-    @property
+    @cached_property
     def around(self) -> int:
-        return activations.around(self.cfg, self.sizes)
+        outside = activations.around(self.cfg, self.sizes)
+        return outside + activations.loss(self.cfg, self.sizes)
 
-    @property
+    @cached_property
     def kept(self) -> list[int]:
         """Of each unit, from its forward to its backward."""
         return activations.standing(self.cfg, self.sizes, self.layout.remat)
@@ -110,56 +105,51 @@ class _Walk:
         return max(0, self.unit(index).saved - self.kept[index])
 
 
-def _fsdp(
-    layout: Layout, shares: Shares, held: Sequence[Parameter], walk: _Walk
-) -> tuple[list[Moment], Moment]:
-    own = sum(shares.owned(shares.sharded(p)) for p in held)
+def _fsdp(layout: Layout, values: Held, walk: _Walk) -> tuple[list[Moment], Moment]:
     standing = {
-        "weights": MASTER * sum(shares.sharded(p) for p in held),
-        "optimizer": MASTER * 2 * own,
-        "ema": MASTER * layout.averages * own,
+        "weights": MASTER * values.shard,
+        "optimizer": MASTER * 2 * values.own,
+        "ema": MASTER * layout.averages * values.own,
     }
     exchanged = 0
     if layout.sizes.dp_replicate > 1:
         exchanged = 2 * min(REPLICAS, standing["weights"])
     gradients = reduced(walk.cfg, layout)
-    update = {"grads": gradients, "update": MASTER * own, "communication": exchanged}
-    return [*_fsdp_backward(layout, shares, held, walk), update], standing
+    update = {"grads": gradients, "update": MASTER * values.own, "communication": exchanged}
+    return [*_fsdp_backward(layout, values, walk), update], standing
 
 
-def _fsdp_backward(
-    layout: Layout, shares: Shares, held: Sequence[Parameter], walk: _Walk
-) -> Iterator[Moment]:
+def _fsdp_backward(layout: Layout, values: Held, walk: _Walk) -> Iterator[Moment]:
     kept, around, item = walk.kept, walk.around, layout.item
-    whole, sharded = [0] * len(kept), [0] * len(kept)
-    for parameter in held:
-        if parameter.unit is not None:
-            whole[parameter.unit] += shares.gathered(parameter)
-            sharded[parameter.unit] += shares.sharded(parameter)
-    root = sum(shares.gathered(p) for p in held if p.unit is None)
-    together = list(groups([n * item for n in whole], layout.unit_bytes))
-    values = [sum(whole[i] for i in group) for group in together]
+    together = list(groups([n * item for n in values.whole], layout.unit_bytes))
+    sizes = [sum(values.whole[i] for i in group) for group in together]
     # why: micro-batches before the last add up whole gradients, which no rank shares yet.
-    before = MASTER * (sum(values) + root) if layout.accum > 1 else 0
+    before = MASTER * values.local if layout.accum > 1 else 0
     done, left = 0, sum(kept)
     for n in reversed(range(len(together))):
         # why: FSDP gathers one unit ahead, and never frees the root between forward and backward.
-        stands = sum(values[max(0, n - 1) : n + 1])
+        stands = sum(sizes[max(0, n - 1) : n + 1])
         if not layout.reshard_after_forward:
-            stands = sum(values[: n + 1])
-        gathered = (stands + root) * item
-        if layout.sizes.inner > layout.sizes.tp or layout.sizes.edp > 1:
-            # why: gathered into one buffer, then copied out of it.
-            buffer = values[n] * item
-            yield _moment(before + done, gathered, left + around, buffer)
+            stands = sum(sizes[: n + 1])
+        gathered = (stands + values.root) * item
+        # why: weights are gathered into one buffer, then copied out of it.
+        buffer = item * _exchanged(layout.sizes, values, together[n])
+        yield _moment(before + done, gathered, left + around, buffer)
         for index in reversed(together[n]):
             beside = walk.again(index) + walk.unit(index).backward
             yield _moment(before + done, gathered, left + around + beside)
             left -= kept[index]
-        done += MASTER * sum(sharded[i] for i in together[n])
-        fresh = values[n] * item if layout.accum == 1 else 0
-        sent = values[n] * MASTER if layout.accum == 1 else 0
+        done += MASTER * sum(values.sharded[i] for i in together[n])
+        fresh, sent = (sizes[n] * item, sizes[n] * MASTER) if layout.accum == 1 else (0, 0)
         yield _moment(before + done + fresh, gathered, left + around, sent)
+
+
+def _exchanged(sizes: Degrees, values: Held, group: Sequence[int]) -> int:
+    """The most that one gather of a group brings; an axis of one rank gathers nothing."""
+    whole, experts = (sum(of[i] for i in group) for of in (values.whole, values.experts))
+    if sizes.ep == sizes.tp == 1:
+        return whole * (sizes.dp_shard > 1)
+    return max((whole - experts) * (sizes.dp_shard > 1), experts * (sizes.edp > 1))
 
 
 def _moment(grads: int, gathered: int, kept: int, buffers: int = 0) -> Moment:
@@ -171,14 +161,10 @@ def _moment(grads: int, gathered: int, kept: int, buffers: int = 0) -> Moment:
     }
 
 
-def _zero(
-    layout: Layout, shares: Shares, held: Sequence[Parameter], walk: _Walk
-) -> tuple[list[Moment], Moment]:
+def _zero(layout: Layout, values: Held, walk: _Walk) -> tuple[list[Moment], Moment]:
     """DeepSpeed runs in float32: weights are cast where they are used, and autograd keeps that."""
-    local = sum(shares.gathered(p) for p in held)
-    part = sum(-(-shares.gathered(p) // shares.ranks(p)) for p in held)
-    largest = max(shares.gathered(p) for p in held)
-    bucket = MASTER * min(local, max(BUCKET, largest))
+    local, part = values.local, values.part
+    bucket = MASTER * min(local, max(BUCKET, values.largest))
     standing = {
         "weights": MASTER * part,
         "optimizer": MASTER * 2 * part,
@@ -189,9 +175,8 @@ def _zero(
         if layout.accum > 1:
             before = MASTER * (local if layout.stage == 1 else part)
     else:
-        small = sum(n for p in held if (n := shares.gathered(p)) <= PERSIST)
-        # the shards that gathers start from stand beside the masters
-        gathered = MASTER * (part + small + min(local - small, LIVE))
+        # why: the shards that gathers start from stand beside the masters.
+        gathered = MASTER * (part + values.small + min(local - values.small, LIVE))
         before = MASTER * part
     cast = layout.item * local if layout.item != MASTER else 0
     kept, around, done = walk.kept, walk.around, before

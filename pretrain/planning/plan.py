@@ -117,7 +117,7 @@ def _rows(cfg: ModelConfig, layout: Layout) -> Iterator[Row]:
             for works in (published, merged)
         ),
     )
-    rest = activations.around(cfg, sizes)
+    rest = activations.around(cfg, sizes) + activations.loss(cfg, sizes)
     yield Row(AROUND, 0, 0, 0, params, own, other, 0, 0, 0.0, 0.0, rest)
 
 

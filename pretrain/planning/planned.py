@@ -5,13 +5,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from parallel import deepspeed
-from parallel.chips import CHIPS
+from parallel.chips import CHIPS, chip_of
 from parallel.mesh import degrees
 from pretrain import config
 from pretrain.cluster import site
 from pretrain.config import Config, ConfigError, check_batch
-from pretrain.planning import hours, plan
+from pretrain.planning import compare, hours, plan, proposals
 from pretrain.planning.layout import Layout
 from pretrain.preflight import check_axes
 
@@ -39,13 +41,15 @@ def of(
     device: str,
     links: Path | None = None,
     price: float | None = None,
+    *,
+    search: bool = False,
 ) -> dict[str, Any]:
     """The plan of a run on `gpus` ranks (0: as many as the mesh says, or the fewest it needs).
 
     links: link file of a site; None: the site's own if there is one, else data sheets. price: of a
-    GPU hour. Raises ConfigError for an unknown device, a price below 0 or a batch that does not
-    split, LayoutError for degrees or an engine that do not fit, LinksError for a link file that is
-    broken or of another device.
+    GPU hour. search: for other layouts of as many ranks that fit. Raises ConfigError for an unknown
+    device, a price below 0 or a batch that does not split, LayoutError for degrees or an engine
+    that do not fit, LinksError for a link file that is broken or of another device.
     """
     if device not in (*CHIPS, "cpu"):
         raise ConfigError(f"--device {device}: known devices are {', '.join(CHIPS)} and cpu")
@@ -63,7 +67,30 @@ def of(
     values["device"] = device
     if device in CHIPS:
         values["fits_memory"] = one.plan.per_rank.total <= CHIPS[device].memory
-    return values | asdict(_hours(one, device, links, price))
+    values |= asdict(_hours(one, device, links, price))
+    return values | (asdict(_search(one, device, links)) if search and device in CHIPS else {})
+
+
+def _search(one: Counted, device: str, links: Path | None) -> proposals.Search:
+    figures, _ = figures_of(one, device, links)
+    return proposals.search(
+        one.cfg.model,
+        one.layout,
+        one.cfg.data.global_batch,
+        CHIPS[device].memory,
+        None if isinstance(figures, str) else figures,
+        compiled=one.cfg.compile,
+    )
+
+
+def prediction(cfg: Config, world: int, device: torch.device) -> compare.Prediction:
+    """Of memory and step time of a run on these ranks, which have the chip of this one."""
+    name, chip = "cpu", None
+    if device.type == "cuda":
+        chip = chip_of(torch.cuda.get_device_name(device))
+        name = next((key for key, other in CHIPS.items() if other is chip), "unknown GPU")
+    one = counted(cfg, world, name)
+    return compare.prediction(one.plan.per_rank, _hours(one, name, None, None))
 
 
 def counted(cfg: Config, gpus: int, device: str = "cpu") -> Counted:

@@ -16,8 +16,7 @@ from pretrain.planning import activations, macs
 from pretrain.planning.anatomy import AROUND, Site, anatomy
 from pretrain.planning.layout import Layout
 from pretrain.planning.macs import Work
-from pretrain.planning.parameters import parameters
-from pretrain.planning.shares import Shares
+from pretrain.planning.shares import held
 
 PRODUCTS = 0.70  # of the peak, that matrix products of training reach
 MEMORY = 0.836  # of the data sheet's memory bandwidth, that element-wise kernels reach
@@ -134,10 +133,8 @@ def elementwise(site: Site, layout: Layout) -> float:
 
 def _updated(cfg: ModelConfig, layout: Layout) -> float:
     """Bytes of the update."""
-    shares = Shares(layout.sizes)
-    own = sum(shares.owned(shares.sharded(p)) for p in parameters(cfg))
-    if layout.stage:
-        own = sum(shares.gathered(p) / shares.ranks(p) for p in parameters(cfg))
+    values = held(cfg, layout.sizes)
+    own = values.part if layout.stage else values.own
     return own * (ADAMW + EMA * layout.averages)
 
 

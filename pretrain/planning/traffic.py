@@ -12,9 +12,8 @@ from parallel.mesh import Degrees
 from pretrain.models.families import ModelConfig
 from pretrain.planning.anatomy import anatomy
 from pretrain.planning.layout import Layout
-from pretrain.planning.memory import LIVE, PERSIST
-from pretrain.planning.parameters import parameters
-from pretrain.planning.shares import MASTER, Shares
+from pretrain.planning.memory import LIVE
+from pretrain.planning.shares import MASTER, Held, held
 
 PASSES = 4  # of the all-to-all: dispatch and combine, forward and backward
 
@@ -53,20 +52,6 @@ class _Axis:
     stride: int
 
 
-@dataclass(frozen=True)
-class _Values:
-    """Parameters that a rank computes with."""
-
-    blocks: int  # dense, of the blocks
-    root: int  # of no block, and the routers
-    experts: int  # of this rank
-    held: int  # of its shards, master weights
-
-    @property
-    def all(self) -> int:
-        return self.blocks + self.root + self.experts
-
-
 def traffic(cfg: ModelConfig, layout: Layout, links: Links) -> tuple[Traffic, ...]:
     """Every kind that there is on this layout."""
     found = (*_of_weights(cfg, layout, links), *_of_tokens(cfg, layout, links))
@@ -80,60 +65,52 @@ def all_to_all(cfg: ModelConfig, stage: str, item: int) -> int:
 
 
 def _of_weights(cfg: ModelConfig, layout: Layout, links: Links) -> Iterator[Traffic]:
-    sizes = layout.sizes
-    axes = _axes(sizes)
-    shares, held = Shares(sizes), parameters(cfg)
-    numbers = {p.path: shares.gathered(p) for p in held}
-    values = _Values(
-        blocks=sum(numbers[p.path] for p in held if p.unit is not None and p.role == "dense"),
-        root=sum(numbers[p.path] for p in held if p.unit is None or p.role == "router"),
-        experts=sum(numbers[p.path] for p in held if p.role == "expert"),
-        held=sum(shares.sharded(p) for p in held),
-    )
-    if layout.stage:
-        large = sum(n for n in numbers.values() if n > PERSIST)
-        yield from _zero(layout, links, axes, values, large)
-    else:
-        yield from _fsdp(layout, links, axes, values)
+    values, axes = held(cfg, layout.sizes), _axes(layout.sizes)
+    yield from (_zero if layout.stage else _fsdp)(layout, links, axes, values)
 
 
 def _fsdp(
-    layout: Layout, links: Links, axes: Mapping[str, _Axis], values: _Values
+    layout: Layout, links: Links, axes: Mapping[str, _Axis], values: Held
 ) -> Iterator[Traffic]:
     """FSDP gathers the blocks once a pass, forward and again backward if they were freed, and what
     belongs to no block once; it scatters gradients once a step. Replicas reduce and gather the
     shards that stand on a rank.
     """
     passes = (2 if layout.reshard_after_forward else 1) * layout.accum
-    dense = (values.blocks * passes + values.root * layout.accum) * layout.item
+    experts = sum(values.experts)
+    root = values.root + values.routers
+    blocks = values.local - experts - root
+    dense = (blocks * passes + root * layout.accum) * layout.item
     yield _one("gathers of dense weights", "all_gather", axes["dp_shard"], dense, links)
-    dense = (values.blocks + values.root) * MASTER
+    dense = (blocks + root) * MASTER
     # why: deterministic runs scatter by an all-to-all, which sends as much.
     scatter = "all_to_all" if layout.deterministic else "reduce_scatter"
     yield _one("scatters of dense gradients", scatter, axes["dp_shard"], dense, links)
     edp = axes["edp"]
-    own = values.experts * passes * layout.item
+    own = experts * passes * layout.item
     yield _one("gathers of experts", "all_gather", edp, own, links)
-    yield _one("scatters of expert gradients", scatter, edp, values.experts * MASTER, links)
-    whole = values.held * MASTER
+    yield _one("scatters of expert gradients", scatter, edp, experts * MASTER, links)
+    whole = values.shard * MASTER
     replicas = axes["dp_replicate"]
     yield _one("gradients between replicas", "all_to_all", replicas, whole, links)
     yield _one("weights between replicas", "all_gather", replicas, whole, links)
 
 
 def _zero(
-    layout: Layout, links: Links, axes: Mapping[str, _Axis], values: _Values, large: int
+    layout: Layout, links: Links, axes: Mapping[str, _Axis], values: Held
 ) -> Iterator[Traffic]:
     """DeepSpeed sends float32. ZeRO-1 and 2 sum whole gradients, 2 and 3 every micro-batch, and
     gather the new weights once a step. ZeRO-3 gathers what is large every pass, and backward again
     what did not stay.
     """
     data, edp = axes["dp_shard"], axes["edp"]
-    dense, experts = MASTER * (values.blocks + values.root), MASTER * values.experts
+    experts = MASTER * sum(values.experts)
+    dense = MASTER * values.local - experts
     often = 1 if layout.stage == 1 else layout.accum
     if layout.stage == 3:
+        large = values.local - values.small
         again = max(0, large - LIVE)
-        gathers = MASTER * ((large + again) * layout.accum + values.all - large)
+        gathers = MASTER * ((large + again) * layout.accum + values.small)
         yield _one("gathers of weights", "all_gather", data, gathers, links)
         scatters = (dense + experts) * often
         yield _one("scatters of gradients", "reduce_scatter", data, scatters, links)
