@@ -85,16 +85,20 @@ def plan(
     path: ConfigPath,
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=0, help="Ranks; 0: as the mesh says.")] = 0,
-    device: Annotated[str, typer.Option(help="h100 | h200 | cpu")] = "h100",
+    device: Annotated[str, typer.Option(help="a100 | h100 | h200 | b200 | cpu | …")] = "h100",
+    price: Annotated[float | None, typer.Option(help="What a GPU hour costs.")] = None,
     links: Annotated[
         Path | None, typer.Option(help="What the site reaches; default: its links.json.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Parameters, FLOPs, bytes per rank and hours of a run, before anybody pays for it."""
-    from pretrain import planned
+    """Parameters, FLOPs, bytes per rank, hours and cost of a run, before anybody pays for it; with
+    --gpus also the layouts that fit, best first."""
+    from pretrain.planning import planned, screen
 
-    show(planned.of(config.load(path, overrides or []), gpus, device, links), as_json)
+    cfg = config.load(path, overrides or [])
+    found = planned.of(cfg, gpus, device, links, price, search=gpus > 0)
+    show(found, as_json=True) if as_json else screen.show(found, name=path.stem)
 
 
 @app.command()

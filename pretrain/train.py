@@ -23,7 +23,7 @@ from pretrain.fp8_guard import FP8Guard
 from pretrain.meter import Meter
 from pretrain.metrics import Log
 from pretrain.parallelize import parallelize
-from pretrain.plan import flops_per_image
+from pretrain.planning.macs import flops_per_image
 from pretrain.preflight import identity
 from pretrain.preview import Preview
 from pretrain.profiling import Profile
