@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.fp8.grouped import grouped
-from parallel.fp8.product import Product, Switch, linear
+from parallel.fp8.linear import linear
+from parallel.fp8.product import Product, Switch
 
 Shape = tuple[int, ...]  # rows, outer, inner, and for experts their number
 Seconds = tuple[float, float]  # of forward and backward: in bf16, in FP8
