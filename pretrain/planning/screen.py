@@ -118,7 +118,8 @@ def _table(title: str, *columns: str, left: int = 1) -> Table:
 
 def _memory(values: Mapping[str, Any]) -> Table:
     held = values["per_rank"]
-    verdict = {True: ": fits", False: ": DOES NOT FIT"}.get(values.get("fits_memory"), "")
+    fits = values.get("fits_memory")
+    verdict = "" if fits is None else ": fits" if fits else ": DOES NOT FIT"
     table = _table(f"\nmemory of a rank at its fullest, {_bytes(held['total'])}{verdict}", "", "")
     table.add_column("")
     for name, what in _MEMORY.items():
