@@ -18,7 +18,7 @@ _MEMORY = {
     "activations": "what backward needs of one micro-batch",
     "communication": "buffers",
     "update": "what moving the averages needs",
-    "fragments": "allowance for the allocator",
+    "fragments": "allowance for the allocator, and what CUDA takes",
 }
 
 
