@@ -10,8 +10,13 @@ from typing import Literal
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-Precision = Literal["fp32", "bf16"]
-COMPUTE: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Precision = Literal["fp32", "bf16", "fp8"]
+# why: fp8 is of products alone (`parallel.fp8`); what lies between them is bf16.
+COMPUTE: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp8": torch.bfloat16,
+}
 
 
 def policy(precision: Precision) -> MixedPrecisionPolicy:

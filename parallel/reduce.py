@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.clock import spending
 from parallel.mesh import Axis
 from parallel.shards import Piece
 
@@ -20,8 +21,20 @@ def ordered_sum(values: Tensor, axis: Axis | None = None) -> Tensor:
     if size == 1:
         return values.clone()
     parts = values.new_empty(size, values.numel())
-    dist.all_gather(list(parts), values.contiguous(), group=group)  # dist: the axis, or every rank
+    with spending("communication"):
+        dist.all_gather(list(parts), values.contiguous(), group=group)  # dist: the axis, or all
     return parts.sum(dim=0)
+
+
+def ordered_sum_and_max(values: Tensor, maxima: Tensor) -> tuple[Tensor, Tensor]:
+    """The same over all ranks, and beside it maxima of others, (m,), of the same dtype."""
+    size = dist.get_world_size()
+    if size == 1:
+        return values.clone(), maxima.clone()
+    both = torch.cat([values, maxima])
+    parts = both.new_empty(size, both.numel())
+    dist.all_gather(list(parts), both)  # dist: every rank
+    return parts[:, : len(values)].sum(0), parts[:, len(values) :].amax(0)
 
 
 def sum_over(x: Tensor, axis: Axis) -> Tensor:
@@ -29,7 +42,8 @@ def sum_over(x: Tensor, axis: Axis) -> Tensor:
     if axis.ordered:
         return ordered_sum(x.flatten(), axis).view_as(x)
     out = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(out, group=axis.group)  # dist: the axis
+    with spending("communication"):
+        dist.all_reduce(out, group=axis.group)  # dist: the axis
     return out
 
 

@@ -12,11 +12,12 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from parallel.clock import spending
 from parallel.errors import LayoutError
+from parallel.fp8.product import Product, linear
 from parallel.mesh import Axis
 from parallel.reduce import sum_over
 from parallel.shards import Box
@@ -101,7 +102,8 @@ class _Scatter(torch.autograd.Function):
 
 def _gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
     parts = x.new_empty(axis.size, *x.shape)
-    dist.all_gather(list(parts.unbind()), x.contiguous(), group=axis.group)  # dist: the axis
+    with spending("communication"):
+        dist.all_gather(list(parts.unbind()), x.contiguous(), group=axis.group)  # dist: the axis
     return torch.cat(parts.unbind(), dim=dim)
 
 
@@ -126,6 +128,7 @@ class Row(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
+    fp8: Product | None = None
 
     def __init__(self, whole: nn.Module, axis: Axis, hold: "Hold") -> None:
         super().__init__()
@@ -133,12 +136,14 @@ class Row(nn.Module):
         self.axis = axis
 
     def forward(self, x: Tensor) -> Tensor:
-        out = reduce(F.linear(x, part(self.weight, x.dtype)), self.axis)
+        out = reduce(linear(x, part(self.weight, x.dtype), None, self.fp8), self.axis)
         return out if self.bias is None else out + part(self.bias, x.dtype)
 
 
 class Gathered(nn.Module):
     """A leaf whose output features are cut, and gathered: any layer with `compute` and `cuts`."""
+
+    fp8: Product | None = None
 
     def __init__(self, whole: Any, axis: Axis, hold: "Hold") -> None:
         super().__init__()
@@ -149,7 +154,8 @@ class Gathered(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.is_floating_point():  # labels have no gradient
             x = enter(x, self.axis)
-        return gather(self.compute(x, self.weight, self.bias), self.axis, -1)
+        own = {} if self.fp8 is None else {"fp8": self.fp8}
+        return gather(self.compute(x, self.weight, self.bias, **own), self.axis, -1)
 
 
 @dataclass(frozen=True)

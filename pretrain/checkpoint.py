@@ -125,7 +125,11 @@ class Checkpoint:
             raise found[1]
         begin = time.perf_counter()
         try:
-            storage.read(state.tensors(), folder, Index.from_json(found[0]))
+            index = Index.from_json(found[0])
+            fresh = state.fp8.absent({n: s.shape for n, s in index.tensors.items()})
+            storage.read(
+                {n: t for n, t in state.tensors().items() if n not in fresh}, folder, index
+            )
         except DamagedError:
             raise
         except ValueError as error:

@@ -42,6 +42,9 @@ def train(
     health: Annotated[
         Path | None, typer.Option(help="Check the nodes first; a directory for what is wrong.")
     ] = None,
+    profile: Annotated[
+        str, typer.Option(help="Trace of steps, as 10 or 10-12, in RUN/profile.")
+    ] = "",
 ) -> None:
     """Train. The same command resumes; alone, under torchrun, under srun, or with --nproc."""
     from pretrain import preflight
@@ -49,7 +52,8 @@ def train(
     from pretrain.cluster import health as checks
 
     place = launch.Place.here()
-    cfg = config.load(path, overrides or [])
+    words = [*(overrides or []), *_traced(profile)]
+    cfg = config.load(path, words)
     if nproc and launch.STORE not in os.environ:
         if place.world > 1:
             raise config.ConfigError(
@@ -57,7 +61,7 @@ def train(
                 "by torchrun or srun; leave --nproc out"
             )
         preflight.preflight(cfg, nproc)
-        command = [sys.executable, "-m", "pretrain", "train", str(path), *(overrides or [])]
+        command = [sys.executable, "-m", "pretrain", "train", str(path), *words]
         raise typer.Exit(launch.spawn(command, nproc))
     launch.die_with_parent()
     if health is None:
@@ -66,6 +70,14 @@ def train(
         if health is not None and not checks.fit(cfg, health):
             raise SystemExit(1)
         page.train(cfg)
+
+
+def _traced(steps: str) -> list[str]:
+    """The overrides that `--profile FIRST-LAST` stands for. Raises ConfigError."""
+    first, dash, last = steps.partition("-")
+    if steps and not (first.isdecimal() and (last.isdecimal() or not dash)):
+        raise config.ConfigError(f"--profile {steps}: expected a step, or two as 10-12")
+    return [f"profile.first={first}", f"profile.last={last or first}"] if steps else []
 
 
 @app.command()

@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from data_pipeline.loader import LoaderConfig
+from parallel.fp8.recipes import FP8Config
 from parallel.mesh import Degrees, MeshConfig
 from parallel.precision import Precision
 from parallel.remat import RematConfig
@@ -36,6 +37,7 @@ from pretrain.objectives import DDPM, ObjectiveConfig
 from pretrain.optim import OptimConfig
 from pretrain.parallelize import Compute, EngineName
 from pretrain.preview import PreviewConfig
+from pretrain.profiling import ProfileConfig
 from pretrain.provenance import TuningConfig
 from pretrain.schedules import ScheduleConfig
 
@@ -61,8 +63,10 @@ class Config(BaseModel):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     sample: PreviewConfig = PreviewConfig()
+    profile: ProfileConfig = ProfileConfig()
     engine: EngineName = "fsdp2"
     precision: Precision = "fp32"
+    fp8: FP8Config = FP8Config()
     remat: RematConfig = RematConfig()
     compile: bool = False  # blocks through torch.compile
     parametrisation: Literal["standard", "mup"] = "standard"
@@ -78,7 +82,7 @@ class Config(BaseModel):
     @property
     def compute(self) -> Compute:
         """How blocks compute, gathered for `parallelize`."""
-        return Compute(self.engine, self.precision, self.remat, self.compile)
+        return Compute(self.engine, self.precision, self.remat, self.compile, self.fp8)
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "Config":

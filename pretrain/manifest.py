@@ -98,6 +98,7 @@ class _State(BaseModel):
     skipped: NonNegativeInt = 0
     skipped_in_a_row: NonNegativeInt = 0
     skipped_from: NonNegativeInt = 0
+    fp8: dict[str, Any] = {}
 
     @field_validator("passed_over")
     @classmethod

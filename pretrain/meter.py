@@ -8,19 +8,23 @@ from typing import Any, TypeVar
 
 import torch
 
+from parallel.clock import Clock
 from pretrain.engine import Metrics
 from pretrain.metrics import moe_load
 from pretrain.state import TrainState
 
 T = TypeVar("T")
+# What a step's time is told by; "other" is what belongs to none.
+KINDS = ("data", "forward", "backward", "communication", "optimizer", "checkpoint", "other")
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s, vendors' data sheets
 
 
 class Meter:
     """Counts between records; `record` starts the next interval."""
 
-    def __init__(self, global_batch: int, flops_per_image: int, world: int) -> None:
-        """flops_per_image: of one training step, forward and backward."""
+    def __init__(self, global_batch: int, flops_per_image: int, world: int, clock: Clock) -> None:
+        """flops_per_image: of one training step, forward and backward. clock: of this process."""
+        self._clock = clock
         self._global_batch = global_batch
         self._flops = flops_per_image
         self._peak = _peak() * world
@@ -34,7 +38,8 @@ class Meter:
         """The seconds inside were spent on this: data, save or other."""
         begin = time.perf_counter()
         try:
-            yield
+            with self._clock.span("checkpoint" if kind == "save" else kind):
+                yield
         finally:
             self.spent[kind] += time.perf_counter() - begin
 
@@ -70,6 +75,9 @@ class Meter:
             "memory_gb": _memory() / 1e9,
             "skipped": state.skipped,
         }
+        parts = self._clock.read()
+        values |= {f"time.{kind}": parts.get(kind, 0.0) / steps for kind in KINDS}
+        values |= state.fp8.metrics()
         if metrics.load.numel():
             dropped = float(metrics.dropped)
             values |= moe_load(metrics.load) | {"moe.dropped": dropped - self._dropped}

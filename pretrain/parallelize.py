@@ -12,6 +12,9 @@ import torch
 from parallel import fsdp, tensor
 from parallel.backend import Backend
 from parallel.dispatch import Dispatcher, Exact, Static
+from parallel.fp8.backends import backend_for, capability
+from parallel.fp8.recipes import FP8Config
+from parallel.fp8.scaling import attach
 from parallel.mesh import Mesh, MeshConfig
 from parallel.precision import COMPUTE, Precision
 from parallel.remat import RematConfig, apply, compile_units
@@ -30,6 +33,7 @@ class Compute:
     precision: Precision = "fp32"
     remat: RematConfig = RematConfig()
     compiled: bool = False
+    fp8: FP8Config = FP8Config()
 
 
 def parallelize(
@@ -44,6 +48,8 @@ def parallelize(
     """The model of `cfg`, cut over `mesh` and initialised from `seed`."""
     fsdp2 = how.engine == "fsdp2"
     model = sharded(cfg, layout, mesh, how) if fsdp2 else _cut_plainly(cfg, mesh, how)
+    if how.precision == "fp8":
+        attach(model.units(), how.fp8, backend_for(how.fp8, capability(device)), mesh.tp, device)
     if how.compiled:
         compile_units(model.units())
     if not fsdp2:

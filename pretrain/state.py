@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from data_pipeline.cursor import Cursor, Stretch
 from parallel.backend import Backend
+from parallel.fp8.scaling import Scaling
 from parallel.shards import Piece
 from pretrain.ema import EMA, EMAConfig
 from pretrain.guard import Guard, GuardConfig
@@ -25,6 +26,7 @@ class TrainState:
     optimizer: AdamW
     ema: EMA
     guard: Guard
+    fp8: Scaling
     seed: int
     step: int = 0  # optimizer updates asked for, skipped ones included
     skipped: int = 0  # of those, updates left out
@@ -38,7 +40,9 @@ class TrainState:
     ) -> "TrainState":
         cfg: Any = backend.model.cfg
         optimizer = AdamW(optim, backend.pieces, factors(cfg))
-        return TrainState(backend, optimizer, EMA(ema, backend), Guard(guard, backend.device), seed)
+        scaling = Scaling(backend.model, backend.device)
+        watch = Guard(guard, backend.device)
+        return TrainState(backend, optimizer, EMA(ema, backend), watch, scaling, seed)
 
     @property
     def model(self) -> nn.Module:
@@ -62,6 +66,7 @@ class TrainState:
             | self.ema.state()
             | {f"optim.{name}": tensor for name, tensor in self.optimizer.state().items()}
             | {"guard.statistics": self.guard.statistics}
+            | self.fp8.tensors()
         )
 
     def scalars(self) -> dict[str, Any]:
@@ -74,7 +79,7 @@ class TrainState:
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "skipped_from": self.skipped_from,
-        }
+        } | ({"fp8": self.fp8.scalars()} if self.fp8.products else {})
 
     def loaded(self, scalars: dict[str, Any]) -> None:
         """Takes the clock of a checkpoint whose tensors were loaded in place."""
@@ -84,6 +89,7 @@ class TrainState:
         self.skipped = scalars["skipped"]
         self.skipped_in_a_row = scalars["skipped_in_a_row"]
         self.skipped_from = scalars["skipped_from"]
+        self.fp8.take(scalars.get("fp8", {}))
         self.optimizer.loaded()
         self.backend.publish()
 
@@ -102,6 +108,7 @@ class TrainState:
         self.ema.restart()
         self.optimizer.restart()
         self.guard.restart()
+        self.fp8.restart()
         self.step = self.skipped = self.skipped_in_a_row = self.skipped_from = 0
         self.cursor = Cursor()
         self.backend.publish()

@@ -11,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from data_pipeline.loader import Loader
-from parallel import launch
+from parallel import clock, launch
 from parallel.mesh import Mesh, degrees
 from parallel.precision import make_deterministic
 from parallel.reduce import any_rank
@@ -19,12 +19,14 @@ from pretrain import config
 from pretrain.checkpoint import Checkpoint
 from pretrain.config import Config
 from pretrain.engine import Engine, StepConfig
+from pretrain.fp8_guard import FP8Guard
 from pretrain.meter import Meter
 from pretrain.metrics import Log
 from pretrain.parallelize import parallelize
 from pretrain.planning.macs import flops_per_image
 from pretrain.preflight import identity
 from pretrain.preview import Preview
+from pretrain.profiling import Profile
 from pretrain.run import Run
 from pretrain.schedules import every
 from pretrain.seen import Seen
@@ -78,6 +80,7 @@ def train(cfg: Config) -> None:
     backend = parallelize(cfg.model, cfg.mesh, mesh, cfg.compute, seed=cfg.seed, device=device)
     state = TrainState.new(backend, cfg.optim, cfg.ema, cfg.guard, seed=cfg.seed)
     engine = Engine(state, cfg.objective, cfg.schedule, step_config(cfg), mesh, run.say)
+    watch = FP8Guard(cfg.fp8, state, engine.loss_of, run.say)
     launch.limit(timeout)  # of every group, those of libraries too
     manifest, settings = loader.info, cfg.model_dump(mode="json")
     facts = {
@@ -88,6 +91,9 @@ def train(cfg: Config) -> None:
     nodes = place.world // place.local_world
     checkpoint = Checkpoint(cfg.checkpoint, folder, facts, run.say, nodes)
     preview = Preview(cfg.sample, cfg.objective, manifest, mesh, null=cfg.model.num_classes)
+
+    if cfg.compile:
+        engine.warm_up(manifest.latent_shape)
 
     # Restore: the same command resumes. Nothing to load is a fresh run.
     checkpoint.restore(state)
@@ -104,14 +110,18 @@ def train(cfg: Config) -> None:
         enabled=cfg.log.sample_ids,
         idle=mesh.tp.rank > 0,
     )
-    meter = Meter(cfg.data.global_batch, flops_per_image(cfg.model), place.world)
+    flops = flops_per_image(cfg.model)
+    meter = Meter(cfg.data.global_batch, flops, place.world, clock.start(device))
+    profile = Profile(cfg.profile, folder, place.rank)
 
     # Loop: one line a verb, in the order time flows.
     stop = any_rank(run.asked_to_stop())  # dist: once; a request made before the start counts
     timeline = Timeline(folder, place, state.step, meter.spent)
     batches = meter.waiting(loader.start(state.cursor))
     while not stop and state.step < cfg.steps:
+        profile.reach(state.step)
         batch, cursor = next(batches)
+        watch.check(batch)
         metrics = engine.step(batch, stop=timeline.asked(state.step, run.asked_to_stop()))
         seen.append(state.step + 1, engine.position, batch)
         state.advance(cursor)
@@ -138,6 +148,7 @@ def train(cfg: Config) -> None:
             with meter.spending("save"):
                 checkpoint.save(state)
         timeline.passed(state.step, line=saves or logs, stop=stop)
+    profile.close(state.step)
     with meter.spending("save"):
         checkpoint.save(state)  # saving a saved step is a no-op
         checkpoint.wait()

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parallel.fp8.attention import attend
+from parallel.fp8.product import Product
 from parallel.tensor import Plan, part
 from pretrain.models.init import Fill, Init, Table, Xavier
 from pretrain.models.layers import ChannelAffineNorm, Depthwise, Linear
@@ -32,6 +34,8 @@ class Attention(nn.Module):
         "out": "row",
         "logit_scale": "cut",
     }
+    fp8_products: ClassVar = ("q", "k", "v", "out")
+    fp8_attention: Product | None = None  # of softmax(QKᵀ)V
 
     def __init__(
         self, width: int, num_heads: int, kind: Literal["dot", "norm", "cosine"] = "dot"
@@ -62,11 +66,12 @@ class Attention(nn.Module):
         k = self.k(x).unflatten(-1, heads)
         v = self.v(x).unflatten(-1, heads)
         q, k = self._prepare(q, k, rope)
-        x = F.scaled_dot_product_attention(
+        x = attend(
             q.to(v.dtype).transpose(1, 2),
             k.to(v.dtype).transpose(1, 2),
             v.transpose(1, 2),
-            scale=1.0 if self.kind == "cosine" else None,
+            1.0 if self.kind == "cosine" else None,
+            self.fp8_attention,
         )
         return self.out(x.transpose(1, 2).flatten(2))
 

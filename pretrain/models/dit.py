@@ -107,6 +107,10 @@ class DiTShape(LatentConfig):
         """Attention heads by what sets them."""
         return {"model.num_heads": self.num_heads}
 
+    def head_dims(self) -> dict[str, int]:
+        """Channels of an attention head by where it is."""
+        return {"every block": self.width // self.num_heads}
+
     def moe_tokens(self) -> list[int]:
         """Tokens of an image in each kind of MoE layer."""
         return [(self.input_size // self.patch) ** 2]

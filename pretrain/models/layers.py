@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parallel.fp8.product import Product, linear
 from parallel.tensor import Plan, part
 from pretrain.models.init import Fill, Init, Normal, Table, Xavier, Zero, xavier_conv
 from pretrain.models.moe import MoE, Routing
@@ -27,6 +28,7 @@ class Linear(nn.Linear):
     """A linear layer that declares its start: xavier weight and zero bias unless told otherwise."""
 
     cuts: ClassVar = {"weight": 0, "bias": 0}
+    fp8: Product | None = None
 
     def __init__(
         self, inner: int, outer: int, *, bias: bool = True, init: Init | None = None
@@ -40,12 +42,15 @@ class Linear(nn.Linear):
         """Nothing: `initialise` gives the values, from an address."""
 
     @staticmethod
-    def compute(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def compute(
+        x: Tensor, weight: Tensor, bias: Tensor | None, fp8: Product | None = None
+    ) -> Tensor:
         """With the parameters a rank holds, whole or cut."""
-        return F.linear(x, part(weight, x.dtype), None if bias is None else part(bias, x.dtype))
+        bias = None if bias is None else part(bias, x.dtype)
+        return linear(x, part(weight, x.dtype), bias, fp8)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.compute(input, self.weight, self.bias)
+        return self.compute(input, self.weight, self.bias, self.fp8)
 
 
 class Conv(nn.Conv2d):
@@ -238,6 +243,7 @@ class Mlp(nn.Module):
     """Two linears with tanh-GELU between: the feed-forward of DiT."""
 
     tensor_plan: ClassVar[Plan] = {"enter": "enter", "fc1": "column", "fc2": "row"}
+    fp8_products: ClassVar = ("fc1", "fc2")
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -258,6 +264,7 @@ class SwiGLU(nn.Module):
         "up": "column",
         "down": "row",
     }
+    fp8_products: ClassVar = ("gate", "up", "down")
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()

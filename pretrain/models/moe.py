@@ -6,7 +6,7 @@ a layer only reports `Routing`.
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from parallel.dispatch import Dispatcher, Exact
-from parallel.experts import Picks, count_picks, grouped_mm, take
+from parallel.experts import Picks, count_picks, take
+from parallel.fp8.grouped import grouped
+from parallel.fp8.product import Product
 from parallel.tensor import part
 from pretrain.models.init import Fill, Init, Uniform, Xavier, Zero
 
@@ -156,6 +158,8 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """All routed experts of a layer: bias-free SwiGLUs, each matrix one tensor (E, out, in)."""
 
+    fp8_products: ClassVar = ("gate", "up", "down")
+
     def __init__(self, width: int, hidden: int, num_experts: int) -> None:
         super().__init__()
         self.gate = nn.Parameter(torch.empty(num_experts, hidden, width))
@@ -164,6 +168,7 @@ class Experts(nn.Module):
         self.inits: dict[str, Init] = {
             name: Xavier(width, hidden) for name in ("gate", "up", "down")
         }
+        self.fp8: dict[str, Product] = {}
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """rows: (R, C) in order of expert; counts: (E,) int64, or one more: of rows to ignore.
@@ -171,8 +176,10 @@ class Experts(nn.Module):
         E is the number of experts on this rank. Returns (R, C).
         """
         gate, up, down = (part(w, rows.dtype) for w in (self.gate, self.up, self.down))
-        hidden = F.silu(grouped_mm(rows, gate, counts)) * grouped_mm(rows, up, counts)
-        return grouped_mm(hidden, down, counts)
+        fp8 = self.fp8.get
+        hidden = F.silu(grouped(rows, gate, counts, fp8("gate")))
+        hidden = hidden * grouped(rows, up, counts, fp8("up"))
+        return grouped(hidden, down, counts, fp8("down"))
 
 
 class MoE(nn.Module):

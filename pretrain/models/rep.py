@@ -20,6 +20,8 @@ Form = Literal["trained", "published", "merged"]
 class Factored(nn.Module):
     """Two linears with nothing between: one linear of the product when merged."""
 
+    fp8_products: ClassVar = ("first", "second")
+
     def __init__(self, inner: int, middle: int, outer: int) -> None:
         super().__init__()
         self.first = Linear(inner, middle)

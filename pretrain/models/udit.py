@@ -121,6 +121,10 @@ class UDiTConfig(LatentConfig):
         key = "model.num_heads" if self.num_heads else "model.head_dim"
         return {f"{key} ({stage})": self.stage_heads(stage) for stage in STAGES}
 
+    def head_dims(self) -> dict[str, int]:
+        """Channels of an attention head by where it is."""
+        return {stage: self.stage_width(stage) // self.stage_heads(stage) for stage in STAGES}
+
     def moe_tokens(self) -> list[int]:
         """Tokens of an image in each kind of MoE layer."""
         stages = self.moe.stages if self.moe else ()

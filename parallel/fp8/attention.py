@@ -1,0 +1,91 @@
+"""softmax(QKᵀ)V in FP8: Transformer Engine and cuDNN on Hopper, an emulation elsewhere."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from parallel.fp8.product import How, Product, quantise
+from parallel.fp8.recipes import E4M3, E5M2, Quantised, largest, whole
+
+Q, K, V, G, S = range(5)  # operands, as `product.ATTENTION`
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, product: Product | None) -> Tensor:
+    """Scaled dot product attention, in FP8 if the product is on. (B, nh, N, hd) -> the same.
+
+    scale: of the logits; None: 1/√hd.
+    """
+    if product is None or not (product.in_fp8 or product.measures):
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    out = _apply(q, k, v, factor, product)
+    if product.measures:
+        plain = F.scaled_dot_product_attention(q, k, v, scale=scale)
+        product.compare(plain, out)
+        return plain
+    return out
+
+
+def _apply(q: Tensor, k: Tensor, v: Tensor, factor: float, product: Product) -> Tensor:
+    if product.backend == "transformer_engine":
+        from parallel.fp8 import transformer_engine
+
+        return transformer_engine.attention(q, k, v, factor, product)
+    return _Attend.apply(q, k, v, factor, product.past, product.seen, How.of(product))
+
+
+class _Attend(torch.autograd.Function):
+    """What cuDNN's kernel rounds, rounded: q, k, v, probabilities, and both gradients inside.
+
+    Probabilities are at most 1, so their scale is known. The whole table of logits is held: this is
+    an emulation. Source: FlashAttention's backward; cuDNN's FP8 attention for what is rounded.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        factor: float,
+        past: Tensor,
+        seen: Tensor,
+        how: How,
+    ) -> Tensor:
+        q8 = quantise(q, Q, E4M3, past, seen, how)
+        k8 = quantise(k, K, E4M3, past, seen, how)
+        v8 = quantise(v, V, E4M3, past, seen, how)
+        probs = _probabilities(q8, k8, factor)
+        out = _rounded(probs, v.dtype) @ v8.plain(v.dtype)
+        ctx.factor, ctx.how, ctx.dtype = factor, how, q.dtype
+        kept = [tensor for eight in (q8, k8, v8) for tensor in (eight.data, eight.inverse)]
+        ctx.save_for_backward(*kept, past, seen)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *kept, past, seen = ctx.saved_tensors
+        how, dtype = ctx.how, ctx.dtype
+        q8, k8, v8 = (Quantised(d, i, d.shape) for d, i in zip(kept[::2], kept[1::2], strict=True))
+        grad = quantise(grads[0], G, E5M2, past, seen, how).plain(dtype)
+        probs = _probabilities(q8, k8, ctx.factor)
+        to_probs = (grad @ v8.plain(dtype).transpose(-2, -1)).float()
+        # why: Σ_j p·dp of a row, which flash attention takes as Σ out·dout.
+        inner = (to_probs * probs).sum(-1, keepdim=True)
+        to_logits = (probs * (to_probs - inner) * ctx.factor).to(dtype)
+        to_logits = quantise(to_logits, S, E5M2, past, seen, how).plain(dtype)
+        to_q = to_logits @ k8.plain(dtype)
+        to_k = to_logits.transpose(-2, -1) @ q8.plain(dtype)
+        to_v = _rounded(probs, dtype).transpose(-2, -1) @ grad
+        return to_q, to_k, to_v, None, None, None, None
+
+
+def _probabilities(q: Quantised, k: Quantised, factor: float) -> Tensor:
+    logits = q.plain(torch.float32) @ k.plain(torch.float32).transpose(-2, -1)
+    return (logits * factor).softmax(-1)
+
+
+def _rounded(probs: Tensor, dtype: torch.dtype) -> Tensor:
+    return whole(probs, E4M3, largest(torch.ones((), device=probs.device))).plain(dtype)
