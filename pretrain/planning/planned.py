@@ -55,6 +55,11 @@ def of(
         raise ConfigError(f"--device {device}: known devices are {', '.join(CHIPS)} and cpu")
     if price is not None and not 0 <= price < math.inf:
         raise ConfigError(f"--price {price}: expected what a GPU hour costs, 0 or more")
+    if cfg.precision == "fp8" and device in CHIPS and CHIPS[device].fp8 is None:
+        raise ConfigError(
+            f"precision=fp8 on --device {device}, which has no FP8; set precision=bf16, or give "
+            "another device"
+        )
     one = counted(cfg, gpus, device)
     values: dict[str, Any] = asdict(one.plan)
     values["ranks"] = one.layout.sizes.world

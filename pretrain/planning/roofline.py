@@ -33,6 +33,9 @@ DIT_APART, U_DIT_APART, ROW_APART = 2 * 100, 2 * 222, 2 * 40
 # the gradient's norm, FSDP's copies and the choice of skipped averages too.
 ADAMW, EMA = 28, 8
 ADAMW_APART, EMA_APART = 48, 24
+# Bytes of a value that enters a product in FP8, or whose gradient does: read, cast, laid out twice.
+CAST = 6.6
+IN_FP8 = ("qkv", "out", "ffn", "shared", "experts")
 SHARED = 0.5  # of a block's element-wise work, that a tensor axis shares
 
 
@@ -45,6 +48,7 @@ class Machine:
     memory: float  # bytes/s
     peak: float  # FLOP/s that MFU is a share of
     fused: bool = True  # element-wise operators, into their neighbours
+    fp8: float | None = None  # FLOP/s of products in FP8; None: the device has none
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ def of_chip(chip: Chip) -> Machine:
         depthwise=DEPTHWISE * chip.bf16,
         memory=MEMORY * chip.memory_rate,
         peak=chip.bf16,
+        fp8=None if chip.fp8 is None else PRODUCTS * chip.fp8,
     )
 
 
@@ -103,17 +108,19 @@ def _forward_and_backward(cfg: ModelConfig, layout: Layout, machine: Machine) ->
         sites = [site for site in whole.sites if site.stage == stage]
         passes = _passes(layout, sites)
         own = [work for work in works if work.stage == stage]
-        flops = {kind: 0.0 for kind in ("products", "depthwise")}
+        seconds = {kind: 0.0 for kind in ("products", "depthwise")}
         for work in own:
             kind = "depthwise" if work.kind == "depthwise" else "products"
-            flops[kind] += 2 * _cut(work, layout) * passes[kind]
+            seconds[kind] += 2 * _cut(work, layout) * passes[kind] / _rate(work, layout, machine)
         moved = sum(elementwise(site, layout, machine.fused) for site in sites) * passes["memory"]
+        if layout.precision == "fp8" and machine.fp8:
+            moved += sum(_cast(site, layout) for site in sites)
         if stage == AROUND:
             moved = 3 * activations.around(cfg, layout.of_micro_batch(whole.moe))
         yield Seconds(
             stage,
-            layout.accum * flops["products"] / machine.products,
-            layout.accum * flops["depthwise"] / machine.depthwise,
+            layout.accum * seconds["products"],
+            layout.accum * seconds["depthwise"],
             layout.accum * moved / machine.memory,
         )
 
@@ -125,6 +132,24 @@ def _passes(layout: Layout, sites: list[Site]) -> dict[str, float]:
     again = 0.0 if remat.mode == "none" else again
     products = 3 + (again if remat.mode == "full" else 0.0)
     return {"products": products, "depthwise": products, "memory": 1 + again / 3}
+
+
+def _rate(work: Work, layout: Layout, machine: Machine) -> float:
+    """FLOP/s of one part."""
+    if work.kind == "depthwise":
+        return machine.depthwise
+    in_fp8 = layout.precision == "fp8" and machine.fp8 and work.part in IN_FP8
+    return machine.fp8 if in_fp8 and machine.fp8 else machine.products
+
+
+def _cast(site: Site, layout: Layout) -> float:
+    """Bytes that casts to FP8 move in a block: of what enters its products, and of gradients."""
+    tokens, c = layout.micro_batch * site.tokens, site.width
+    streams = {"mlp": 2, "swiglu": 2, "rep": 2, None: 0}[site.ffn]
+    hidden = {"mlp": 2, "swiglu": 3, "rep": 2, None: 0}[site.ffn]
+    values = tokens * ((6 + streams) * c + hidden * site.hidden)
+    values += layout.micro_batch * site.picks * (2 * c + 3 * site.expert_width)
+    return CAST * values / layout.sizes.tp
 
 
 def _cut(work: Work, layout: Layout) -> float:
@@ -151,11 +176,12 @@ def _updated(cfg: ModelConfig, layout: Layout, fused: bool) -> float:
 
 
 def one_image(cfg: ModelConfig, machine: Machine, form: macs.Form = "merged") -> float:
-    """Seconds of training on one image, without an update, of a graph in bf16."""
-    layout = Layout(precision="bf16")
+    """Seconds of training on one image, without an update, of a graph in bf16, or in FP8 where the
+    machine says so."""
+    layout = Layout(precision="fp8" if machine.fp8 else "bf16")
     works, sites = macs.forward(cfg, form), anatomy(cfg).sites
-    depthwise = sum(work.macs for work in works if work.kind == "depthwise")
-    products = sum(work.macs for work in works) - depthwise
+    products = sum(6 * work.macs / _rate(work, layout, machine) for work in works)
     moved = sum(elementwise(site, layout, machine.fused) for site in sites)
-    flops = 6 * products / machine.products + 6 * depthwise / machine.depthwise
-    return flops + moved / machine.memory
+    if machine.fp8:
+        moved += sum(_cast(site, layout) for site in sites)
+    return products + moved / machine.memory
