@@ -63,7 +63,9 @@ def of(
     one = counted(cfg, gpus, device)
     values: dict[str, Any] = asdict(one.plan)
     values["ranks"] = one.layout.sizes.world
-    values["engine"] = cfg.engine
+    values["mesh"] = asdict(one.layout.sizes)
+    values["engine"], values["precision"] = cfg.engine, cfg.precision
+    values["remat"], values["accum"] = cfg.remat.mode, cfg.accum
     values["micro_batch"] = one.layout.micro_batch
     values["flops_run"] = one.flops * cfg.data.global_batch * cfg.steps
     if cfg.tuning is not None:
