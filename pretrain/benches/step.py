@@ -130,7 +130,7 @@ def _batches(cfg: Config, mesh: Mesh, shape: tuple[int, ...]) -> Iterator[Batch]
 
 
 def _figures(cfg: Config, world: int, device: torch.device, seconds: list[float]) -> dict[str, Any]:
-    from pretrain.plan import flops_per_image
+    from pretrain.planning.macs import flops_per_image
 
     median = statistics.median(seconds)
     flops = flops_per_image(cfg.model) * cfg.data.global_batch / world

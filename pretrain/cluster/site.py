@@ -79,7 +79,9 @@ class LinkFile(_Part):
             for rates in (self.inside, self.across, self.world)
         )
         return Figures(
-            machine=roofline.measured(self.matmul_tflops * 1e12, self.copy_gb_per_s * 1e9),
+            machine=roofline.measured(
+                self.matmul_tflops * 1e12, self.copy_gb_per_s * 1e9, fused=self.device != "cpu"
+            ),
             flops=share * self.matmul_tflops * 1e12,
             links=Links(self.gpus_per_node, inside, across, world),
             basis=f"measured on {self.date}, {self.nodes} nodes, {self.chip}, commit "

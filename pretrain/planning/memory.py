@@ -22,6 +22,7 @@ REPLICAS = 64 << 20  # bytes exchanged between replicas at a time: parallel.fsdp
 BUCKET = 1 << 26  # values reduced or gathered in one call: parallel.deepspeed
 LIVE = 10**9  # values of others that ZeRO-3 keeps gathered for backward: DeepSpeed's default
 FRAGMENTS = 0.05  # of all that is allocated, lost between the blocks of CUDA's allocator
+CONTEXT = 1 << 30  # bytes of a GPU that CUDA, its kernels and NCCL take for themselves
 
 Moment = dict[str, int]  # bytes by field of PerRank
 
@@ -38,7 +39,7 @@ class PerRank:
     activations: int  # what autograd keeps, and what backward needs beside it
     communication: int  # buffers of gathers, scatters and buckets
     update: int  # what the averages need while they move
-    fragments: int  # allowance for what the allocator of a GPU cannot use
+    fragments: int  # allowance for what a GPU's allocator cannot use, and for CUDA itself
     total: int  # on the device
     host: int  # in CPU memory, with offload: not in the total
 
@@ -72,7 +73,7 @@ def _summed(parts: Moment, layout: Layout, gradients: int) -> PerRank:
             host, full[name] = host + full[name], 0
         host, full["grads"] = host + gradients, max(0, full["grads"] - gradients)
     total = _sum(full)
-    fragments = int(FRAGMENTS * total) if layout.device != "cpu" else 0
+    fragments = CONTEXT + int(FRAGMENTS * total) if layout.device != "cpu" else 0
     return PerRank(**full | {"fragments": fragments, "total": total + fragments, "host": host})
 
 

@@ -55,10 +55,17 @@ def of(
         raise ConfigError(f"--device {device}: known devices are {', '.join(CHIPS)} and cpu")
     if price is not None and not 0 <= price < math.inf:
         raise ConfigError(f"--price {price}: expected what a GPU hour costs, 0 or more")
+    if cfg.precision == "fp8" and device in CHIPS and CHIPS[device].fp8 is None:
+        raise ConfigError(
+            f"precision=fp8 on --device {device}, which has no FP8; set precision=bf16, or give "
+            "another device"
+        )
     one = counted(cfg, gpus, device)
     values: dict[str, Any] = asdict(one.plan)
     values["ranks"] = one.layout.sizes.world
-    values["engine"] = cfg.engine
+    values["mesh"] = asdict(one.layout.sizes)
+    values["engine"], values["precision"] = cfg.engine, cfg.precision
+    values["remat"], values["accum"] = cfg.remat.mode, cfg.accum
     values["micro_batch"] = one.layout.micro_batch
     values["flops_run"] = one.flops * cfg.data.global_batch * cfg.steps
     if cfg.tuning is not None:

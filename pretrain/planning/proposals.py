@@ -21,6 +21,7 @@ from pretrain.planning.memory import PerRank
 from pretrain.planning.parameters import parameters
 
 TOP = 5
+EASY = 0.95  # of a device's memory: layouts that need more come after their equals
 MAX_TP = 8  # a tensor axis stays inside a node
 MAX_MICRO_BATCHES = 64
 _MODES: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
@@ -73,17 +74,18 @@ def search(
         if held.total > room:
             continue
         took = None if figures is None else hours.of(cfg, layout, 1, figures)
-        found.append((_rank(layout, held, took), _proposal(layout, now, held, took)))
+        found.append((_rank(held, took, room), _proposal(layout, now, held, took)))
     found.sort(key=lambda pair: pair[0])
     nothing = None if found else _nothing(least, room, now)
     return Search(tried, len(found), tuple(one for _, one in found[:TOP]), nothing)
 
 
-def _rank(layout: Layout, held: PerRank, took: Hours | None) -> tuple[float, ...]:
-    """Fastest first, to 1 %; of equals the one that sends least, then the smallest."""
+def _rank(held: PerRank, took: Hours | None, room: int) -> tuple[float, ...]:
+    """Fastest first, to 1 %; of equals what leaves room, then what sends least."""
+    tight, total = float(held.total > EASY * room), float(held.total)
     if took is None or not took.step_seconds:
-        return (0.0, 0.0, float(held.total))
-    return (round(math.log(took.step_seconds), 2), took.communication_seconds or 0.0, held.total)
+        return (0.0, tight, 0.0, total)
+    return (round(math.log(took.step_seconds), 2), tight, took.communication_seconds or 0.0, total)
 
 
 def candidates(

@@ -11,14 +11,14 @@ _COUNTS = ((1e9, "B"), (1e6, "M"), (1e3, "k"))
 WIDTH = 100  # columns that the widest table needs
 _MEMORY = {
     "weights": "float32 masters",
-    "grads": "float32; whole ones while micro-batches add up",
+    "grads": "float32",
     "optimizer": "two moments",
     "ema": "averages",
     "gathered": "weights that are computed with",
     "activations": "what backward needs of one micro-batch",
     "communication": "buffers",
     "update": "what moving the averages needs",
-    "fragments": "allowance for the allocator",
+    "fragments": "allowance for the allocator, and what CUDA takes",
 }
 
 
@@ -26,15 +26,12 @@ def show(values: Mapping[str, Any], *, name: str) -> None:
     """values: as `planned.of` gives them."""
     console = Console(soft_wrap=True, highlight=False)
     console.width = max(WIDTH, console.width)
-    for title, rows in (
-        (f"{name} on {values['ranks']} {values['device']}", _head(values)),
-        ("", _time(values)),
-    ):
-        table = Table(show_header=False, box=None, title=title or None, title_justify="left")
-        table.add_column(style="bold")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+    title = f"{name} on {values['ranks']} {values['device']}"
+    table = Table(show_header=False, box=None, title=title, title_justify="left")
+    table.add_column(style="bold")
+    for row in (*_head(values), *_time(values)):
+        table.add_row(*row)
+    console.print(table)
     console.print(_memory(values))
     console.print(_stages(values))
     if values["communication"]:
@@ -82,7 +79,13 @@ def _head(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if values.get("tuning_share"):
         share = f"{100 * values['tuning_share']:.2g} % of the run"
         yield "tuning", f"{_scaled(values['flops_tuning'])}FLOP, {share}"
-    yield "engine", f"{values['engine']}, {values['micro_batch']} images a rank and micro-batch"
+    axes = ", ".join(f"{name} {size}" for name, size in values["mesh"].items() if size > 1)
+    how = f"{values['engine']}, {values['precision']}, remat {values['remat']}"
+    yield "layout", f"{how}{'; ' * bool(axes)}{axes}"
+    each = (
+        f"{values['micro_batch']} images a rank and micro-batch, {values['accum']} of these a step"
+    )
+    yield "batch", each
 
 
 def _time(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -118,11 +121,14 @@ def _table(title: str, *columns: str, left: int = 1) -> Table:
 
 def _memory(values: Mapping[str, Any]) -> Table:
     held = values["per_rank"]
-    verdict = {True: ": fits", False: ": DOES NOT FIT"}.get(values.get("fits_memory"), "")
+    fits = values.get("fits_memory")
+    verdict = "" if fits is None else ": fits" if fits else ": DOES NOT FIT"
     table = _table(f"\nmemory of a rank at its fullest, {_bytes(held['total'])}{verdict}", "", "")
     table.add_column("")
     for name, what in _MEMORY.items():
         if held[name]:
+            whole = name == "grads" and values["accum"] > 1
+            what += ", whole: micro-batches add them up" * whole
             table.add_row(name, _bytes(held[name]), what)
     if held["host"]:
         table.add_row("host", _bytes(held["host"]), "in CPU memory, not in the sum")

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from parallel.chips import CHIPS
+from parallel.chips import CHIPS, Chip
 from parallel.links import COLLECTIVES
 from parallel.mesh import Degrees
 from parallel.remat import RematConfig
 from pretrain.cluster import site
 from pretrain.cluster.site import Efficiency, LinkFile, LinksError, Rates
 from pretrain.models.dit import DiTConfig
+from pretrain.models.families import ModelConfig
 from pretrain.models.udit import UDiTConfig
 from pretrain.planning import hours, macs, roofline
 from pretrain.planning.layout import Layout
@@ -64,7 +65,7 @@ def test_an_image_takes_what_it_takes_on_paper(
     cfg: UDiTConfig, giga_macs: float, milliseconds: float, mfu: float
 ) -> None:
     """Roofline of an H100: within 1 % of the time, half a point of the bound of MFU."""
-    found = roofline.one_image(cfg, roofline.of_chip(H100))
+    found = roofline.one_image(cfg, in_bf16(H100))
     total = macs.total(cfg, "merged")
     assert total / 1e9 == pytest.approx(giga_macs, abs=1)
     assert found * 1e3 == pytest.approx(milliseconds, rel=0.01)
@@ -74,13 +75,33 @@ def test_an_image_takes_what_it_takes_on_paper(
 def test_images_a_second_of_dense_models_are_those_on_paper() -> None:
     """DiT-XL/2 on an H200: 808 to 822 images/s; U-DiT-L beside it 0.93, and 1.05 if depthwise
     convolutions ran at twice the rate: within 3 %."""
-    machine = roofline.of_chip(CHIPS["h200"])
+    machine = in_bf16(CHIPS["h200"])
     one = roofline.one_image(DiTConfig(size="XL/2"), machine)
     assert 808 < 1 / one < 822
     other = UDiTConfig(size="L")
     assert one / roofline.one_image(other, machine) == pytest.approx(0.93, rel=0.03)
     faster = replace(machine, depthwise=2 * machine.depthwise)
     assert one / roofline.one_image(other, faster) == pytest.approx(1.05, rel=0.03)
+
+
+def in_bf16(chip: Chip) -> roofline.Machine:
+    return replace(roofline.of_chip(chip), fp8=None)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "chip", "gain"),
+    [
+        (DiTConfig(size="XL/2"), "h200", 1.30),
+        (DiTConfig(size="XL/2"), "h100", 1.20),
+        (UDiTConfig(size="L"), "h200", 1.10),
+        (UDiTConfig(size="L"), "h100", 1.05),
+    ],
+)
+def test_fp8_gains_what_it_gains_on_paper(cfg: ModelConfig, chip: str, gain: float) -> None:
+    """With only the cost of casts added: within 5 %."""
+    bf16 = roofline.one_image(cfg, in_bf16(CHIPS[chip]))
+    fp8 = roofline.one_image(cfg, roofline.of_chip(CHIPS[chip]))
+    assert bf16 / fp8 == pytest.approx(gain, rel=0.05)
 
 
 def test_seconds_of_one_block_by_hand() -> None:

@@ -299,6 +299,7 @@ def test_every_engine_is_planned_and_offload_moves_states_to_the_host(engine: st
         ({}, "h900", None, "known devices are a100"),
         ({}, "h100", -1.0, "expected what a GPU hour costs"),
         ({}, "h100", float("nan"), "expected what a GPU hour costs"),
+        ({"precision": "fp8"}, "a100", None, "has no FP8; set precision=bf16"),
         ({"engine": "zero3", "mesh": {"ep": 2}}, "h100", None, "set engine=zero2"),
         ({"engine": "zero1", "mesh": {"dp_replicate": 2}}, "h100", None, "keeps no replicas"),
         ({"mesh": {"ep": 4}}, "h100", None, "set mesh.ep=2"),

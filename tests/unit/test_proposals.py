@@ -149,4 +149,4 @@ def test_a_room_for_fragments_is_left_on_gpus_only() -> None:
         for device in ("cpu", "h100")
     )
     assert cpu.fragments == 0
-    assert gpu.total == pytest.approx((1 + memory.FRAGMENTS) * cpu.total)
+    assert gpu.total == pytest.approx((1 + memory.FRAGMENTS) * cpu.total + memory.CONTEXT)
