@@ -12,6 +12,7 @@ from functools import lru_cache
 
 from parallel.remat import RematConfig
 from pretrain.models.families import ModelConfig
+from pretrain.models.rep import pays
 from pretrain.planning.anatomy import Site, anatomy
 
 FLOAT = 4  # bytes of float32
@@ -27,6 +28,7 @@ class Sizes:
     tp: int = 1
     ep: int = 1
     room: float = 1.0  # rows that the dispatcher sends ÷ picks
+    pairs: bool = True  # pairs of 1×1 may be multiplied together, as where nothing cuts them
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,7 @@ def _attention(site: Site, sizes: Sizes) -> Iterator[Tensor]:
     cut, whole = stream // sizes.tp, sizes.item == FLOAT
     heads = n * site.heads * FLOAT // sizes.tp
     if site.windows > 1:
-        yield Tensor("mixed", stream, saved=False, product=True)
-        yield Tensor("by phase", stream)
+        yield Tensor("by phase", stream, product=True)
     match site.attention:
         case "dot":
             yield Tensor("q and k", 2 * cut, product=True)
@@ -91,19 +92,14 @@ def _attention(site: Site, sizes: Sizes) -> Iterator[Tensor]:
             if not whole:
                 yield Tensor("q and k, wide", 2 * wide)
         case "cosine":
-            yield Tensor("q and k", 2 * cut, saved=False, product=True)
-            yield Tensor("q and k, turned", 2 * wide)
-            yield Tensor("lengths", 4 * heads)
-            yield Tensor("q of length 1", wide)
+            yield Tensor("q and k", 2 * cut, product=True)
+            turns = site.tokens // site.windows * (c // site.heads)
+            yield Tensor("rotary tables", 4 * turns * FLOAT)
             yield Tensor("q and k of length 1", 2 * cut)
     yield Tensor("v", cut, product=True)
     yield Tensor("read", cut, product=True)
     yield Tensor("sums of exponentials", heads, product=True)
-    if site.windows > 1:
-        yield Tensor("out, by phase", stream, saved=False, product=True)
-        yield Tensor("out", stream)
-    else:
-        yield Tensor("out", stream, product=sizes.tp == 1)
+    yield Tensor("out", stream, product=sizes.tp == 1)
 
 
 def _dense(site: Site, sizes: Sizes) -> Iterator[Tensor]:
@@ -120,14 +116,20 @@ def _dense(site: Site, sizes: Sizes) -> Iterator[Tensor]:
             yield Tensor("bent, and multiplied", 2 * inner)
             yield last
         case "rep":
-            yield Tensor("first of a pair", stream, product=sizes.tp == 1)
+            yield _pair(site, sizes, site.width, site.hidden)
             yield Tensor("expanded", inner, product=True)
-            yield Tensor("bent", inner)
             yield Tensor("kernels in one", 25 * site.hidden * sizes.item // sizes.tp)
-            yield Tensor("mixed", inner, saved=False, product=True)
-            yield Tensor("mixed, and shortcut", inner)
-            yield Tensor("first of a pair", stream, product=sizes.tp == 1)
+            yield Tensor("mixed", inner, product=True)
+            yield _pair(site, sizes, site.hidden, site.width)
             yield last
+
+
+def _pair(site: Site, sizes: Sizes, inner: int, outer: int) -> Tensor:
+    """What stands between two linears: their product, or the result of the first."""
+    n, c = sizes.images * site.tokens, site.width
+    if sizes.pairs and pays(n, inner, c, outer):
+        return Tensor("product of a pair", inner * outer * sizes.item, product=True)
+    return Tensor("first of a pair", n * c * sizes.item, product=sizes.tp == 1)
 
 
 def _routed(site: Site, sizes: Sizes) -> Iterator[Tensor]:

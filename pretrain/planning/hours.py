@@ -109,7 +109,8 @@ def of(
     if compute < step:
         resource = max(lanes, key=lambda name: lanes[name])
     images = layout.micro_batch * layout.accum
-    flops = macs.flops_per_image(cfg, layout.micro_batch) * images / layout.sizes.tp
+    executed = macs.flops_per_image(cfg, layout.micro_batch, pairs=layout.pairs)
+    flops = executed * images / layout.sizes.tp
     peak = figures.machine.peak if figures.machine else None
     run = step * steps / 3600
     gpu_hours = run * layout.sizes.world

@@ -45,7 +45,13 @@ class Layout:
         room = 1.0
         if moe is not None and moe.dispatcher == "static" and self.sizes.ep > 1:
             room = min(moe.capacity, self.sizes.ep)
-        return Sizes(self.micro_batch, self.item, self.sizes.tp, self.sizes.ep, room)
+        sizes = self.sizes
+        return Sizes(self.micro_batch, self.item, sizes.tp, sizes.ep, room, self.pairs)
+
+    @property
+    def pairs(self) -> bool:
+        """Whether pairs of 1×1 may be multiplied together."""
+        return self.sizes.tp == 1 and self.precision != "fp8"
 
     def changed(self, **changes: object) -> "Layout":
         return replace(self, **changes)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pretrain.models.families import ModelConfig
-from pretrain.models.rep import Form
+from pretrain.models.rep import Form, pays
 from pretrain.planning.anatomy import AROUND, Anatomy, Site, anatomy
 
 Kind = Literal["product", "grouped", "attention", "depthwise", "convolution"]
@@ -29,28 +29,33 @@ class Work:
     whole: bool = False  # done by every rank of a tensor axis
 
 
-def forward(cfg: ModelConfig, form: Form, images: int = 1) -> tuple[Work, ...]:
-    """Every part of a forward of a micro-batch of `images`."""
+def forward(
+    cfg: ModelConfig, form: Form, images: int = 1, *, pairs: bool = True
+) -> tuple[Work, ...]:
+    """Every part of a forward of a micro-batch of `images`.
+
+    pairs: pairs of 1×1 may be multiplied together when trained, as where no axis cuts them.
+    """
     whole = anatomy(cfg)
-    blocks = (work for site in whole.sites for work in block(site, form, images))
+    blocks = (work for site in whole.sites for work in block(site, form, images, pairs=pairs))
     return (*blocks, *_around(whole, images))
 
 
-def total(cfg: ModelConfig, form: Form, images: int = 1) -> int:
+def total(cfg: ModelConfig, form: Form, images: int = 1, *, pairs: bool = True) -> int:
     """Multiply-adds of a forward of a micro-batch of `images`."""
-    return sum(work.macs for work in forward(cfg, form, images))
+    return sum(work.macs for work in forward(cfg, form, images, pairs=pairs))
 
 
-def flops_per_image(cfg: ModelConfig, images: int = 1) -> int:
+def flops_per_image(cfg: ModelConfig, images: int = 1, *, pairs: bool = True) -> int:
     """FLOPs of training on one image, in micro-batches of `images`: 2 a multiply-add, three times
     the forward that is run. Rounded down.
 
     Not above `flops_train_per_image` of the plan, which is of the published graph.
     """
-    return 6 * total(cfg, "trained", images) // images
+    return 6 * total(cfg, "trained", images, pairs=pairs) // images
 
 
-def block(site: Site, form: Form, images: int) -> Iterator[Work]:
+def block(site: Site, form: Form, images: int, *, pairs: bool = True) -> Iterator[Work]:
     tokens, c, name = images * site.tokens, site.width, site.stage
     if site.rank is None:
         yield Work(name, "adaln", "product", images * 6 * c * c)
@@ -73,15 +78,22 @@ def block(site: Site, form: Form, images: int) -> Iterator[Work]:
         case "swiglu":
             yield Work(name, part, "product", 3 * tokens * c * site.hidden)
         case "rep":
-            yield from _rep(name, part, tokens, c, site.hidden, form)
+            yield from _rep(name, part, tokens, c, site.hidden, form, pairs)
 
 
-def _rep(stage: str, part: str, tokens: int, c: int, hidden: int, form: Form) -> Iterator[Work]:
+def _rep(
+    stage: str, part: str, tokens: int, c: int, hidden: int, form: Form, pairs: bool
+) -> Iterator[Work]:
     """U-DiT's feed-forward: a pair of 1×1, depthwise kernels, a pair of 1×1."""
-    pair = tokens * c * hidden
-    if form != "merged":
-        pair += tokens * c * c
-    yield Work(stage, part, "product", 2 * pair)
+    for inner, outer in ((c, hidden), (hidden, c)):
+        product = tokens * c * hidden
+        if form == "trained" and pairs and pays(tokens, inner, c, outer):
+            product += (
+                inner * c * outer + c * outer
+            )  # the weights' product, and the bias through it
+        elif form != "merged":
+            product += tokens * c * c
+        yield Work(stage, part, "product", product)
     kernels = 25 + 9 + 1 if form == "published" else 25
     yield Work(stage, f"{part} kernels", "depthwise", tokens * kernels * hidden)
 

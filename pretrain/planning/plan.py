@@ -79,7 +79,7 @@ def plan(cfg: ModelConfig, layout: Layout) -> Plan:
         macs_forward=published,
         macs_forward_merged=macs.total(cfg, "merged"),
         flops_train_per_image=6 * published,
-        flops_executed_per_image=macs.flops_per_image(cfg, layout.micro_batch),
+        flops_executed_per_image=macs.flops_per_image(cfg, layout.micro_batch, pairs=layout.pairs),
         per_rank=per_rank(cfg, layout),
         stages=rows,
         activations_basis=ACTIVATIONS,

@@ -103,7 +103,7 @@ def step(cfg: ModelConfig, layout: Layout, machine: Machine) -> tuple[Seconds, .
 def _forward_and_backward(cfg: ModelConfig, layout: Layout, machine: Machine) -> Iterator[Seconds]:
     whole = anatomy(cfg)
     form: macs.Form = "trained"
-    works = macs.forward(cfg, form, layout.micro_batch)
+    works = macs.forward(cfg, form, layout.micro_batch, pairs=layout.pairs)
     for stage in (*whole.stages, AROUND):
         sites = [site for site in whole.sites if site.stage == stage]
         passes = _passes(layout, sites)

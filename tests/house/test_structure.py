@@ -65,6 +65,7 @@ def test_the_models_know_no_mesh_and_no_objective() -> None:
             "parallel.fp8",
             "parallel.dispatch",
             "parallel.tensor",
+            "parallel.kernels",
             "parallel.shards",
         )
         others = {name for name in known if not name.startswith(allowed)}
