@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet
 DEVICE_BUILD := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 
-.PHONY: setup demo test slow parity torture check format clean
+.PHONY: setup demo test slow parity torture gpu-check check format clean
 
 setup: .venv/ready
 
@@ -46,6 +46,11 @@ parity: .venv/ready
 # Runs that are killed, stopped and damaged, beside runs that were not; every layout loads every other.
 torture: .venv/ready
 	$(BIN)/python -m tests.torture.table
+
+# All that a GPU is needed for, in eight minutes; without one, the same on tiny shapes. On a machine without
+# network there is no set-up: then with the python that is there, and what it lacks is skipped by name.
+gpu-check:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m pretrain.benches.gpu_check
 
 check: .venv/ready
 	$(BIN)/ruff format --check .

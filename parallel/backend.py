@@ -43,6 +43,10 @@ class Backend(Protocol):
         """Runs `update`, which changes pieces in place; drops gradients and publishes."""
         ...
 
+    def forget(self) -> None:
+        """Drops gradients without an update, as if there had been no backward."""
+        ...
+
     def publish(self) -> None:
         """Pieces were changed: the next forward computes with them."""
         ...

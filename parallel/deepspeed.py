@@ -163,6 +163,9 @@ class ZeRO:
         self._engine.step()  # dist: data ranks
         assert self._shell.update is None, "DeepSpeed left the update out"
 
+    def forget(self) -> None:
+        self.step(lambda: None)
+
     @torch.no_grad()
     def publish(self) -> None:
         if self._stage < 3:
@@ -382,10 +385,7 @@ def _hide_gathers(offload: Any) -> None:
 
 
 def _sign_of_experts() -> nn.Module:
-    """What DeepSpeed looks for before it treats marked parameters as experts: an `MoE` in the tree.
-
-    It has no parameters and is never called.
-    """
+    """An `MoE` in the tree, never called: without one DeepSpeed knows no parameter as an expert."""
     from deepspeed.moe.layer import MoE
 
     class Sign(MoE):

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from parallel.clock import spending
 from parallel.experts import Order, Picks, combine, order_by_expert, spread, take
 from parallel.mesh import ALONE, Axis
 from parallel.tensor import enter, gather, reduce, scatter
@@ -250,14 +251,15 @@ def _exchange(counts: Tensor, ep: Axis) -> Tensor:
 def _all_to_all(x: Tensor, way: _Way) -> Tensor:
     """Starts an exchange of rows; its result may be read after `_wait`."""
     assert way.ep.group is not None
-    # dist: the expert axis
-    return torch.ops._c10d_functional.all_to_all_single(
-        x.contiguous(), way.received, way.sent, way.ep.group.group_name
-    )
+    with spending("communication"):  # dist: the expert axis
+        return torch.ops._c10d_functional.all_to_all_single(
+            x.contiguous(), way.received, way.sent, way.ep.group.group_name
+        )
 
 
 def _wait(x: Tensor) -> Tensor:
-    return torch.ops._c10d_functional.wait_tensor(x)
+    with spending("communication"):
+        return torch.ops._c10d_functional.wait_tensor(x)
 
 
 class _Start(torch.autograd.Function):

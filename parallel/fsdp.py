@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor, Shard
-from torch.utils._python_dispatch import _disable_current_modes
 
+from parallel import clock
 from parallel.mesh import Mesh
 from parallel.precision import COMPUTE, Precision, policy
 from parallel.shards import Extent, Piece, box_of, local
@@ -59,7 +59,7 @@ def shard(
             offload_policy=offloading,
             reshard_after_forward=False,
         )
-        _hide_gathers(parts.routers)
+        _gather_around(model, model, _fsdp(parts.routers[0]))
     common["reshard_after_forward"] = reshard_after_forward
     experts = {p for module in parts.experts for p in module.parameters()}
     apart = mesh.experts is not mesh.shard
@@ -71,7 +71,7 @@ def shard(
             if own:
                 cut = _expert_cut(experts, mesh.experts.size())
                 fully_shard(own, mesh=mesh.experts, shard_placement_fn=cut, **common)
-                _hide_gathers(own)
+                _gather_around(group[0], group[-1], _fsdp(own[0]))
         cut = _expert_cut(experts, mesh.shard.size())
         fully_shard(group, mesh=mesh.shard, shard_placement_fn=cut, **common)
     for group, after in zip(together, together[1:], strict=False):
@@ -83,19 +83,33 @@ def shard(
         module.set_gradient_divide_factor(1.0)
         if mesh.ordered:
             module.set_custom_reduce_scatter(OrderedReduceScatter())
+        _time_collectives(module)
     return model
 
 
-def _hide_gathers(modules: Sequence[nn.Module]) -> None:
-    """Gathering of modules inside a unit becomes invisible to dispatch modes.
+def _time_collectives(module: FSDPModule) -> None:
+    """Gathers and scatters of a module, and what waits for them, count as communication."""
+    state = module._get_fsdp_state()
+    # why: torch 2.13 has a list of groups, torch 2.11 one.
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    for group in groups:
+        if group is not None:
+            for name in ("unshard", "wait_for_unshard", "post_backward", "finalize_backward"):
+                setattr(group, name, clock.spends("communication")(getattr(group, name)))
 
-    Why: a unit that is recomputed must call the operators of its forward, and in backward these
-    weights are gathered ahead, or not at all. (`parallel.deepspeed` does the same for ZeRO-3.)
+
+def _gather_around(first: nn.Module, last: nn.Module, inner: FSDPModule) -> None:
+    """Gathers `inner` where `first` begins and frees it where `last` ends, not at its own calls.
+
+    Why: inside a unit a gather would be traced by a compiler, which cannot, and called again by
+    what recomputes the unit, in backward, where these weights are gathered ahead, or not at all.
     """
-    for module in modules:
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key, hook in hooks.items():
-                hooks[key] = _disable_current_modes()(hook)
+    state = inner._get_fsdp_state()
+    for handle in (state._pre_forward_hook_handle, state._post_forward_hook_handle):
+        handle.remove()
+    # why: behind the hook of `first` itself, which knows the root of all states.
+    first.register_forward_pre_hook(state._pre_forward, with_kwargs=True)
+    last.register_forward_hook(state._post_forward)
 
 
 def groups(units: Sequence[nn.Module], least: int, itemsize: int) -> list[list[nn.Module]]:
@@ -181,9 +195,12 @@ class FSDP:
 
     def step(self, update: Callable[[], None]) -> None:
         update()
+        self.forget()
+        self.publish()
+
+    def forget(self) -> None:
         for parameter in self.model.parameters():
             parameter.grad = None
-        self.publish()
 
     def publish(self) -> None:
         """Why reshard: after a forward without backward FSDP keeps the gathered copies of the root
@@ -194,6 +211,7 @@ class FSDP:
         for module in sharded_modules(self.model):
             module.reshard()
 
+    @clock.spends("communication")
     @torch.no_grad()
     def _over_replicas(self, shards: dict[str, Tensor]) -> dict[str, Tensor]:
         """Each replica's own interval of every gradient, summed over replicas in their order."""
@@ -211,6 +229,7 @@ class FSDP:
             reduced |= dict(zip(names, total.split(sizes), strict=True))
         return reduced
 
+    @clock.spends("communication")
     @torch.no_grad()
     def _gather_replicas(self) -> None:
         axis = self._mesh.replicate

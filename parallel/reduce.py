@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.clock import spending
 from parallel.mesh import Axis
 from parallel.shards import Piece
 
@@ -20,7 +21,8 @@ def ordered_sum(values: Tensor, axis: Axis | None = None) -> Tensor:
     if size == 1:
         return values.clone()
     parts = values.new_empty(size, values.numel())
-    dist.all_gather(list(parts), values.contiguous(), group=group)  # dist: the axis, or every rank
+    with spending("communication"):
+        dist.all_gather(list(parts), values.contiguous(), group=group)  # dist: the axis, or all
     return parts.sum(dim=0)
 
 
@@ -40,7 +42,8 @@ def sum_over(x: Tensor, axis: Axis) -> Tensor:
     if axis.ordered:
         return ordered_sum(x.flatten(), axis).view_as(x)
     out = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(out, group=axis.group)  # dist: the axis
+    with spending("communication"):
+        dist.all_reduce(out, group=axis.group)  # dist: the axis
     return out
 
 

@@ -18,7 +18,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-import parallel.experts  # noqa: F401  (registers the grouped product)
+import parallel.experts
+import parallel.kernels.depthwise  # noqa: F401  (both register operators)
 
 
 class RematConfig(BaseModel):
@@ -46,6 +47,7 @@ PRODUCTS = (
     _aten._scaled_mm.default,
     _aten._scaled_mm_v2.default,
     _aten._scaled_grouped_mm.default,
+    torch.ops.dit_pretrain.mix.default,
 )
 # Collectives that return a new tensor. Those of `c10d` write into one that they are given: their
 # result could be kept, but not what they wrote, so they run again, in the same order on all ranks.

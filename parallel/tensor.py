@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from parallel.clock import spending
 from parallel.errors import LayoutError
 from parallel.fp8.linear import linear
 from parallel.fp8.product import Product
@@ -102,7 +103,8 @@ class _Scatter(torch.autograd.Function):
 
 def _gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
     parts = x.new_empty(axis.size, *x.shape)
-    dist.all_gather(list(parts.unbind()), x.contiguous(), group=axis.group)  # dist: the axis
+    with spending("communication"):
+        dist.all_gather(list(parts.unbind()), x.contiguous(), group=axis.group)  # dist: the axis
     return torch.cat(parts.unbind(), dim=dim)
 
 

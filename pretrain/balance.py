@@ -65,5 +65,6 @@ def update_biases(biases: Sequence[Tensor], counts: Tensor, rate: float, skip: T
 
 def by_time(routings: Sequence[Routing], bins: Tensor, num_bins: int) -> Tensor:
     """Picks per layer, timestep bin and expert, (L, T, E) float64. bins: (B,) int64."""
-    member = torch.nn.functional.one_hot(bins, num_bins).double()  # (B, T)
+    # why: `one_hot` looks at the largest value, which waits for the device.
+    member = (bins[:, None] == torch.arange(num_bins, device=bins.device)).double()  # (B, T)
     return torch.stack([member.t() @ r.counts.double() for r in routings])

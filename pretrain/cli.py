@@ -42,14 +42,20 @@ def train(
     health: Annotated[
         Path | None, typer.Option(help="Check the nodes first; a directory for what is wrong.")
     ] = None,
+    profile: Annotated[
+        str, typer.Option(help="Trace of steps, as 10 or 10-12, in RUN/profile.")
+    ] = "",
 ) -> None:
     """Train. The same command resumes; alone, under torchrun, under srun, or with --nproc."""
     from pretrain import preflight
     from pretrain import train as page
     from pretrain.cluster import health as checks
+    from pretrain.foretold import fitting
+    from pretrain.shortage import explained
 
     place = launch.Place.here()
-    cfg = config.load(path, overrides or [])
+    words = [*(overrides or []), *_traced(profile)]
+    cfg = config.load(path, words)
     if nproc and launch.STORE not in os.environ:
         if place.world > 1:
             raise config.ConfigError(
@@ -57,7 +63,7 @@ def train(
                 "by torchrun or srun; leave --nproc out"
             )
         preflight.preflight(cfg, nproc)
-        command = [sys.executable, "-m", "pretrain", "train", str(path), *(overrides or [])]
+        command = [sys.executable, "-m", "pretrain", "train", str(path), *words]
         raise typer.Exit(launch.spawn(command, nproc))
     launch.die_with_parent()
     if health is None:
@@ -65,7 +71,16 @@ def train(
     with launch.guarded(INPUT_ERRORS):
         if health is not None and not checks.fit(cfg, health):
             raise SystemExit(1)
-        page.train(cfg)
+        with explained(Path(cfg.run_dir), place.rank, lambda: fitting(cfg, place.world)):
+            page.train(cfg)
+
+
+def _traced(steps: str) -> list[str]:
+    """The overrides that `--profile FIRST-LAST` stands for. Raises ConfigError."""
+    first, dash, last = steps.partition("-")
+    if steps and not (first.isdecimal() and (last.isdecimal() or not dash)):
+        raise config.ConfigError(f"--profile {steps}: expected a step, or two as 10-12")
+    return [f"profile.first={first}", f"profile.last={last or first}"] if steps else []
 
 
 @app.command()
@@ -73,16 +88,20 @@ def plan(
     path: ConfigPath,
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=0, help="Ranks; 0: as the mesh says.")] = 0,
-    device: Annotated[str, typer.Option(help="h100 | h200 | cpu")] = "h100",
+    device: Annotated[str, typer.Option(help="a100 | h100 | h200 | b200 | cpu | …")] = "h100",
+    price: Annotated[float | None, typer.Option(help="What a GPU hour costs.")] = None,
     links: Annotated[
         Path | None, typer.Option(help="What the site reaches; default: its links.json.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Parameters, FLOPs, bytes per rank and hours of a run, before anybody pays for it."""
-    from pretrain import planned
+    """Parameters, FLOPs, bytes per rank, hours and cost of a run, before anybody pays for it; with
+    --gpus also the layouts that fit, best first."""
+    from pretrain.planning import planned, screen
 
-    show(planned.of(config.load(path, overrides or []), gpus, device, links), as_json)
+    cfg = config.load(path, overrides or [])
+    found = planned.of(cfg, gpus, device, links, price, search=gpus > 0)
+    show(found, as_json=True) if as_json else screen.show(found, name=path.stem)
 
 
 @app.command()

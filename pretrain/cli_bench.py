@@ -93,6 +93,89 @@ def dispatch(
 
 
 @bench.command()
+def step(
+    path: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    as_rank: Annotated[
+        int, typer.Option(min=-1, help="Measure this one rank of --of, alone; -1: all ranks.")
+    ] = -1,
+    of: Annotated[int, typer.Option(min=0, help="Ranks of the world of --as-rank.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Steps a round.")] = 5,
+    nproc: Nproc = 0,
+    rounds: Rounds = 3,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Training steps of a configuration on random latents: images/s, TFLOP/s, MFU, memory."""
+    from pretrain import config
+    from pretrain.benches import step as benches
+
+    cfg = config.load(path, overrides or [])
+    if (as_rank < 0) != (of == 0):
+        raise config.ConfigError(f"--as-rank {as_rank} --of {of}: give both, or none")
+    alone = (as_rank, of) if of else None
+    _measure(
+        lambda: benches.step(cfg, rounds=rounds, steps=steps, as_rank=alone), nproc, as_json, out
+    )
+
+
+@bench.command()
+def loader(
+    samples: Annotated[int, typer.Option(min=1, help="Latents of 4×32×32 float16.")] = 20_000,
+    batch: Annotated[int, typer.Option(min=1)] = 256,
+    order: Annotated[str, typer.Option(help="chunks | samples")] = "chunks",
+    workers: Annotated[int, typer.Option(min=1, help="Threads that read ahead.")] = 2,
+    rounds: Rounds = 5,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Samples a second from the loader, beside reading the same files from end to end."""
+    from pretrain.benches import loader as benches
+
+    if order not in ("chunks", "samples") or batch > samples:
+        raise typer.BadParameter(
+            f"--order {order} --batch {batch}: expected chunks or samples, and at most --samples "
+            f"{samples} a batch"
+        )
+    _measure(lambda: benches.loader(samples, batch, order, workers, rounds), 0, as_json, out)
+
+
+@bench.command()
+def moe(
+    tokens: Annotated[int, typer.Option(min=1)] = 4096,
+    width: Annotated[int, typer.Option(min=1)] = 1024,
+    hidden: Annotated[int, typer.Option(min=0, help="Inside an expert; 0: width/4.")] = 0,
+    experts: Annotated[int, typer.Option(min=1)] = 64,
+    top_k: Annotated[int, typer.Option(min=1)] = 4,
+    rounds: Rounds = 5,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """A layer of experts beside a dense one of equal active FLOPs, tokens balanced and skewed."""
+    from pretrain.benches import moe as benches
+
+    sizes = benches.Sizes(tokens, width, hidden or max(1, width // 4), experts, top_k)
+    _measure(lambda: benches.moe(sizes, rounds), 0, as_json, out)
+
+
+@bench.command()
+def attention(
+    path: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    images: Annotated[int, typer.Option(min=1)] = 8,
+    rounds: Rounds = 5,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Attention of each kind of block of a model, by each kernel that torch has for it."""
+    from pretrain import config
+    from pretrain.benches import attention as benches
+
+    cfg = config.load(path, overrides or [])
+    _measure(lambda: benches.attention(cfg.model, images, rounds), 0, as_json, out)
+
+
+@bench.command()
 def site(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What slurm/acceptance.sh left.")],
     as_json: AsJson = False,

@@ -37,6 +37,7 @@ from pretrain.objectives import DDPM, ObjectiveConfig
 from pretrain.optim import OptimConfig
 from pretrain.parallelize import Compute, EngineName
 from pretrain.preview import PreviewConfig
+from pretrain.profiling import ProfileConfig
 from pretrain.provenance import TuningConfig
 from pretrain.schedules import ScheduleConfig
 
@@ -62,6 +63,7 @@ class Config(BaseModel):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     sample: PreviewConfig = PreviewConfig()
+    profile: ProfileConfig = ProfileConfig()
     engine: EngineName = "fsdp2"
     precision: Precision = "fp32"
     fp8: FP8Config = FP8Config()

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.batch import Batch
+from data_pipeline.batch import Batch, sent
 from data_pipeline.cursor import Stretch
+from parallel.clock import spending
 from parallel.mesh import Mesh
 from parallel.reduce import ordered_sum, ordered_sum_and_max, sum_of_squares
 from pretrain import balance
@@ -97,7 +99,8 @@ class Engine:
         seen = torch.cat([torch.stack([loss, dropped]), load.flatten()])
         seen = seen * float(self._mesh.tp.rank == 0)
         done: list[Metrics] = []
-        self._state.backend.step(lambda: done.append(self._update(flag, seen, load.shape)))
+        with spending("optimizer"):
+            self._state.backend.step(lambda: done.append(self._update(flag, seen, load.shape)))
         return done[0]
 
     def _update(self, flag: Tensor, seen: Tensor, shape: torch.Size) -> Metrics:
@@ -126,6 +129,19 @@ class Engine:
         self._report(torch.cat([torch.stack([stop, skip.double()]), judged, limits]))
         self._dropped = self._dropped + dropped
         return Metrics(loss, norm, skip.double(), load, self._dropped, lr)
+
+    def warm_up(self, shape: tuple[int, ...]) -> None:
+        """Forward and backward of one micro-batch of zeros, from which nothing is kept.
+
+        shape: of a latent, (C, H, W). What compiles at first use does so here, before step 0.
+        """
+        size = self._cfg.global_batch // (self._mesh.sizes.data * self._cfg.accum)
+        slots = np.arange(size)
+        labels = torch.zeros(size, dtype=torch.int64)
+        loss, _, _ = self._forward(Batch(torch.zeros(size, *shape), labels, slots, slots))
+        self._state.backend.backward(loss.sum(), last=True)
+        self._state.backend.forget()
+        self._state.fp8.loaded()  # what was seen of the zeros is forgotten too
 
     @property
     def position(self) -> int:
@@ -184,25 +200,27 @@ class Engine:
         dropped = torch.zeros_like(loss)
         load = loss.new_zeros(len(self._layers), cfg.time_bins, num_experts)
         for index, micro in enumerate(batch.split(cfg.accum)):
-            micro_loss, routings, bins = self._forward(micro.to(self._device))
-            objective = micro_loss.sum() / cfg.global_batch
-            loss += objective.detach().double()
-            if routings and cfg.moe is not None:
-                load += balance.by_time(routings, bins, cfg.time_bins)
-                dropped += torch.stack([routing.dropped for routing in routings]).sum()
-                objective = objective + balance.auxiliary_loss(
-                    cfg.moe,
-                    routings,
-                    global_batch=cfg.global_batch,
-                    everywhere=partial(ordered_sum, axis=self._mesh.data),
-                )
-            self._state.backend.backward(objective, last=index == cfg.accum - 1)
+            with spending("forward"):
+                micro_loss, routings, bins = self._forward(micro)
+                objective = micro_loss.sum() / cfg.global_batch
+                loss += objective.detach().double()
+                if routings and cfg.moe is not None:
+                    load += balance.by_time(routings, bins, cfg.time_bins)
+                    dropped += torch.stack([routing.dropped for routing in routings]).sum()
+                    objective = objective + balance.auxiliary_loss(
+                        cfg.moe,
+                        routings,
+                        global_batch=cfg.global_batch,
+                        everywhere=partial(ordered_sum, axis=self._mesh.data),
+                    )
+            with spending("backward"):
+                self._state.backend.backward(objective, last=index == cfg.accum - 1)
         return loss, load, dropped
 
     @torch.no_grad()
     def loss_of(self, batch: Batch) -> Tensor:
         """Mean loss, (), of a step's first micro-batch over all ranks; nothing is changed."""
-        losses, _, _ = self._forward(batch.split(self._cfg.accum)[0].to(self._device))
+        losses, _, _ = self._forward(batch.split(self._cfg.accum)[0])
         local = torch.stack([losses.double().sum(), losses.new_tensor(len(losses)).double()])
         total = ordered_sum(local, self._mesh.data)  # dist: the data ranks
         return total[0] / total[1]
@@ -211,8 +229,8 @@ class Engine:
         """Loss of each sample, (B,); routing of each MoE layer; timestep bin of a sample, (B,)."""
         shape, tables = batch.x.shape[1:], self._cfg.dropout_draws
         drawn = draw(self._state.seed, self._state.step, batch.slots, shape, tables=tables)
-        noise = drawn.noise.to(self._device, non_blocking=True)
-        t = self._objective.time(drawn.u).to(self._device, non_blocking=True)
+        batch, noise = batch.to(self._device), sent(drawn.noise, self._device)
+        t = sent(self._objective.time(drawn.u), self._device)
         x_t = self._objective.corrupt(batch.x, noise, t)
         cond = self._some_null(batch.labels, drawn)
         pred, routings = self._state.model(x_t, self._objective.embed(t), cond, routing=True)
@@ -221,6 +239,6 @@ class Engine:
         return self._objective.loss(pred, batch.x, noise, t), routings, bins
 
     def _some_null(self, labels: Tensor, drawn: Draws) -> Tensor:
-        drop = drawn.drop.to(labels.device, non_blocking=True) < self._cfg.label_dropout
+        drop = sent(drawn.drop, labels.device) < self._cfg.label_dropout
         labels = labels if drop.ndim == 1 else labels[:, None]
         return torch.where(drop, self._cfg.null_label, labels)

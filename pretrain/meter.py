@@ -8,22 +8,27 @@ from typing import Any, TypeVar
 
 import torch
 
+from parallel.clock import Clock
 from pretrain.engine import Metrics
 from pretrain.metrics import moe_load
 from pretrain.state import TrainState
 
 T = TypeVar("T")
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s, vendors' data sheets
+# What a step's time is told by; "other" is what belongs to none.
+KINDS = ("data", "forward", "backward", "communication", "optimizer", "checkpoint", "other")
 
 
 class Meter:
     """Counts between records; `record` starts the next interval."""
 
-    def __init__(self, global_batch: int, flops_per_image: int, world: int) -> None:
-        """flops_per_image: of one training step, forward and backward."""
+    def __init__(self, global_batch: int, flops_per_image: int, peak: float, clock: Clock) -> None:
+        """flops_per_image: of one training step, forward and backward. peak: FLOP/s of all ranks,
+        which mfu is a share of. clock: of this process.
+        """
+        self._clock = clock
         self._global_batch = global_batch
         self._flops = flops_per_image
-        self._peak = _peak() * world
+        self._peak = peak
         self._dropped = 0.0  # picks, up to the last record
         self.spent = {"data": 0.0, "save": 0.0, "other": 0.0}  # seconds since the start
         self._begin, self._steps = time.perf_counter(), 0
@@ -34,7 +39,8 @@ class Meter:
         """The seconds inside were spent on this: data, save or other."""
         begin = time.perf_counter()
         try:
-            yield
+            with self._clock.span("checkpoint" if kind == "save" else kind):
+                yield
         finally:
             self.spent[kind] += time.perf_counter() - begin
 
@@ -64,12 +70,14 @@ class Meter:
             "samples": state.cursor.position,
             "images_per_s": images,
             "tflops": images * self._flops / 1e12,
-            "mfu": images * self._flops / self._peak if self._peak else None,
+            "mfu": images * self._flops / self._peak,
             "data_wait": (self.spent["data"] - self._waited) / steps,
             "step_time": seconds,
             "memory_gb": _memory() / 1e9,
             "skipped": state.skipped,
         }
+        parts = self._clock.read()
+        values |= {f"time.{kind}": parts.get(kind, 0.0) / steps for kind in KINDS}
         values |= state.fp8.metrics()
         if metrics.load.numel():
             dropped = float(metrics.dropped)
@@ -77,14 +85,6 @@ class Meter:
             self._dropped = dropped
         self._begin, self._steps, self._waited = now, 0, self.spent["data"]
         return values
-
-
-def _peak() -> float:
-    """FLOP/s of one device; 0 for one that is not in the table (mfu is then null)."""
-    if not torch.cuda.is_available():
-        return 0.0
-    name = torch.cuda.get_device_name()
-    return next((peak for chip, peak in PEAK.items() if chip in name), 0.0)
 
 
 def _memory() -> float:

@@ -12,7 +12,7 @@ from pretrain.benches.record import record
 from pretrain.manifest import write_whole
 from pretrain.metrics import plain
 from pretrain.models.build import ModelConfig
-from pretrain.plan import flops_per_image
+from pretrain.planning.macs import flops_per_image
 from pretrain.tune import Sweep, Trial
 from pretrain.tune_outcome import SCORE, Outcome
 from pretrain.tune_search import Losses, Point, Space, mean, verdict

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from parallel.chips import chip_of
 from parallel.launch import Place
-from pretrain import hours, planned
 from pretrain.benches.record import record
 from pretrain.cluster import site
 from pretrain.cluster.site import Efficiency, LinkFile, LinksError, Rates
 from pretrain.manifest import write_whole
-from pretrain.meter import PEAK
+from pretrain.planning import hours, planned
 
 
 @dataclass(frozen=True)
@@ -158,14 +158,14 @@ def _beside_plan(runs: Sequence[Trained], file: LinkFile) -> dict[str, list[dict
     `sheet` is the plan from data sheets, what was said before this site was measured. The step time
     of the run that the link file took its efficiency from has no error: it is not a prediction.
     """
-    peak = next((flops for chip, flops in PEAK.items() if chip in file.chip), None)
+    chip = chip_of(file.chip)
     scaling, steps, memory = [], [], []
     for run in runs:
         first = next(other for other in runs if other.name == run.name)
         figures = file.figures(run.counted.flops)
         assert figures is not None, "this run is in the file"
         planned_s = run.counted.hours(figures).step_seconds
-        sheet = run.counted.hours(hours.assumed(peak, run.ranks)).step_seconds if peak else None
+        sheet = run.counted.hours(hours.assumed(chip, run.ranks)).step_seconds if chip else None
         bytes_planned = run.counted.plan.per_rank.total
         which = {"config": run.name, "nodes": run.nodes}
         images = run.images_per_s / run.ranks

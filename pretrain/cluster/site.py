@@ -9,8 +9,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
 
-from pretrain.hours import Figures
 from pretrain.manifest import write_whole
+from pretrain.planning import roofline
+from pretrain.planning.hours import Figures
+from pretrain.planning.traffic import Links
 
 
 class LinksError(ValueError):
@@ -77,11 +79,11 @@ class LinkFile(_Part):
             for rates in (self.inside, self.across, self.world)
         )
         return Figures(
+            machine=roofline.measured(
+                self.matmul_tflops * 1e12, self.copy_gb_per_s * 1e9, fused=self.device != "cpu"
+            ),
             flops=share * self.matmul_tflops * 1e12,
-            ranks_per_node=self.gpus_per_node,
-            inside=inside,
-            across=across,
-            world=world,
+            links=Links(self.gpus_per_node, inside, across, world),
             basis=f"measured on {self.date}, {self.nodes} nodes, {self.chip}, commit "
             f"{(self.commit or 'unknown')[:8]}; computing as "
             f"{'' if same else 'another model, '}{name}{'' if same else ','} did: "

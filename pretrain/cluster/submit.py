@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DataError
-from pretrain import config, planned, preflight, run
+from pretrain import config, preflight, run
 from pretrain.cluster import site
 from pretrain.config import Config
+from pretrain.planning import planned
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = ("pretrain", "parallel", "data_pipeline", "configs", "slurm", "pyproject.toml")
@@ -70,13 +71,9 @@ def prepare(
         preflight.preflight(cfg, nodes * gpus_per_node)
     except DataError as error:
         remarks.append(f"the data is not as it should be, seen from here: {error}")
-    if cfg.engine == "fsdp2":
-        everything = planned.of(cfg, nodes * gpus_per_node, device)
-        plan = {name: everything[name] for name in SHOWN if name in everything}
-        plan["per_rank_gb"] = round(everything["per_rank"]["total"] / 1e9, 1)
-    else:
-        plan = {"ranks": nodes * gpus_per_node}
-        remarks.append(f"engine={cfg.engine} is not planned: memory and hours are not known")
+    everything = planned.of(cfg, nodes * gpus_per_node, device)
+    plan = {name: everything[name] for name in SHOWN if name in everything}
+    plan["per_rank_gb"] = round(everything["per_rank"]["total"] / 1e9, 1)
     if plan.get("fits_memory") is False:
         remarks.append(f"by the plan this does not fit a {device}; see `pretrain plan`")
     bad, broken = bad_nodes()

@@ -11,11 +11,12 @@ from functools import partial
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.fp8.attention import attend
 from parallel.fp8.product import Product
+from parallel.kernels.depthwise import mix, split_phases
+from parallel.kernels.heads import cosine_heads, rotate
 from parallel.tensor import Plan, part
 from pretrain.models.init import Fill, Init, Table, Xavier
 from pretrain.models.layers import ChannelAffineNorm, Depthwise, Linear
@@ -76,50 +77,37 @@ class Attention(nn.Module):
         return self.out(x.transpose(1, 2).flatten(2))
 
     def _prepare(self, q: Tensor, k: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.kind == "cosine":
+            scale = part(self.logit_scale, torch.float32).clamp(max=MAX_LOG_SCALE).exp()  # (nh,)
+            return cosine_heads(q, rope, scale), cosine_heads(k, rope, None)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         if self.kind == "norm":
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.kind == "cosine":
-            # why: in float32, because the logits are up to 100 times the rounding of q and k.
-            scale = (
-                part(self.logit_scale, torch.float32).clamp(max=MAX_LOG_SCALE).exp()[:, None]
-            )  # (nh, 1)
-            q = F.normalize(q.float(), dim=-1) * scale
-            k = F.normalize(k.float(), dim=-1)
         return q, k
 
 
 class PhaseAttention(nn.Module):
-    """Tokens attend within their phase of a 2×2 grid. (B, H, W, C) -> (B, H, W, C).
+    """Tokens attend within their phase of a 2×2 grid. (B, H, W, C) -> (4B, H/2·W/2, C).
 
     A depthwise 5×5 mixes neighbours first; then the four phase grids are four token sets of H/2·W/2
-    tokens, at full width. Source: U-DiT, section 3.3.
+    tokens, at full width. They come out as such, see `split_phases`; whoever reads them next joins
+    them on the way. Source: U-DiT, section 3.3.
     """
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
+        self.apart = False  # whether `mix` is called by itself, for whoever watches it
         self.mix = Depthwise(width, 5)
         self.core = Attention(width, num_heads, "cosine")
 
     def forward(self, x: Tensor, rope: Tensor | None) -> Tensor:
-        height, width = x.shape[1:3]
-        x = split_phases(x + self.mix(x))  # (4B, H/2*W/2, C)
-        return join_phases(self.core(x, rope), height, width)
-
-
-def split_phases(x: Tensor) -> Tensor:
-    """(B, H, W, C) -> (4B, H/2*W/2, C): phase 2·dy + dx of an image is its own token set."""
-    batch, height, width, channels = x.shape
-    x = x.reshape(batch, height // 2, 2, width // 2, 2, channels)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(batch * 4, height * width // 4, channels)
-
-
-def join_phases(x: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `split_phases`: (4B, H/2*W/2, C) -> (B, H, W, C)."""
-    channels = x.shape[-1]
-    x = x.reshape(-1, 2, 2, height // 2, width // 2, channels)
-    return x.permute(0, 3, 1, 4, 2, 5).reshape(-1, height, width, channels)
+        if self.apart:
+            tokens = split_phases(x + self.mix(x))
+        else:
+            weight, bias = part(self.mix.weight, x.dtype), part(self.mix.bias, x.dtype)
+            tokens = mix(x, weight, bias, split=True)
+        return self.core(tokens, rope)  # (4B, H/2*W/2, C)
 
 
 class Rope(nn.Module):
@@ -148,10 +136,3 @@ def rope_table(grid: int, head_dim: int) -> Tensor:
         row = (token // grid)[:, None] * rate
         angle = torch.stack([column, row], dim=-1).flatten(1)  # (grid², hd/2)
         return torch.stack([angle.cos(), angle.sin()]).float()
-
-
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn adjacent channel pairs (2j, 2j+1). x: (B, N, nh, hd) -> the same, float32."""
-    cos, sin = rope.float()[:, None, :, None].unbind(0)  # (1, N, 1, hd/2)
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)

@@ -9,7 +9,7 @@ of each parameter that its output features lie on.
 
 import math
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from parallel.fp8.linear import linear
 from parallel.fp8.product import Product
+from parallel.kernels.norm import EPS, gated, gated_norm, modulate
 from parallel.tensor import Plan, part
 from pretrain.models.init import Fill, Init, Normal, Table, Xavier, Zero, xavier_conv
 from pretrain.models.moe import MoE, Routing
 
-EPS = 1e-6
 FREQUENCIES = 256  # width of the timestep sinusoid
 
 
@@ -103,47 +103,9 @@ def layer_norm(x: Tensor) -> Tensor:
     return F.layer_norm(x.float(), x.shape[-1:], eps=EPS)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Layer norm without affine, then shift and scale. x: (B, ..., C); shift, scale:
-    (B, 1, ..., C), zero = identity; computed in float32, given back in the dtype of shift.
-
-    Source: DiT, section 3.2 (adaLN). Why float32: 1 + scale in bf16 loses scales below 2^-8.
-    """
-    return _Modulate.apply(x, shift, scale)
-
-
 def times(x: Tensor, scale: float) -> Tensor:
     """x·scale; x itself where scale is 1, as in the standard parametrisation."""
     return x if scale == 1.0 else x * scale
-
-
-class _Modulate(torch.autograd.Function):
-    """Keeps x alone for backward: the normed tokens in float32 would be four times its bytes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        normed, mean, rstd = torch.native_layer_norm(x.float(), x.shape[-1:], None, None, EPS)
-        ctx.save_for_backward(x, scale, mean, rstd)
-        return (normed * (1 + scale.float()) + shift.float()).to(shift.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, scale, mean, rstd = ctx.saved_tensors
-        wide, grad = x.float(), grads[0].float()
-        tokens = tuple(range(1, x.ndim - 1))
-        to_scale = (grad * ((wide - mean) * rstd)).sum(tokens, keepdim=True)
-        to_x = torch.ops.aten.native_layer_norm_backward(
-            grad * (1 + scale.float()),
-            wide,
-            x.shape[-1:],
-            mean,
-            rstd,
-            None,
-            None,
-            [True, False, False],
-        )[0]
-        to_shift = grad.sum(tokens, keepdim=True)
-        return to_x.to(x.dtype), to_shift.to(scale.dtype), to_scale.to(scale.dtype)
 
 
 class Conditioning(NamedTuple):
@@ -295,13 +257,14 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Routing | None]:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(cond, x.ndim)
         gate1, gate2 = times(gate1, self.scale), times(gate2, self.scale)
-        x = x + gate1 * self.attn(modulate(x, shift1, scale1), rope)
-        out, routing = modulate(x, shift2, scale2), None
+        out, routing = self.attn(modulate(x, shift1, scale1), rope), None
+        phases = out.shape[0] != x.shape[0]  # attention within phase grids leaves them apart
+        x, out = gated_norm(x, out, gate1, shift2, scale2, phases=phases)
         if isinstance(self.ffn, MoE):
             out, routing = self.ffn(out, layer_norm(x), cond.time)
         else:
             out = self.ffn(out)
-        return x + gate2 * out, routing
+        return gated(x, out, gate2), routing
 
 
 class PatchEmbed(Linear):

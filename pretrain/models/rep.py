@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parallel.kernels.depthwise import mix
 from parallel.tensor import Plan, part
 from pretrain.models.layers import Depthwise, Linear
 
@@ -17,19 +18,39 @@ from pretrain.models.layers import Depthwise, Linear
 Form = Literal["trained", "published", "merged"]
 
 
+def pays(tokens: int, inner: int, middle: int, outer: int) -> bool:
+    """Whether a pair of linears costs fewer MACs as one of the product, made for so many tokens."""
+    return tokens * inner * outer + inner * middle * outer < tokens * middle * (inner + outer)
+
+
 class Factored(nn.Module):
-    """Two linears with nothing between: one linear of the product when merged."""
+    """Two linears with nothing between: one linear of the product when merged.
+
+    In training the product is made on the fly where that costs fewer MACs, which the shapes alone
+    decide (`pays`); gradients reach the factors through it. Not where tensor parallelism cuts the
+    factors or FP8 multiplies by them, and not `apart`, the published graph.
+    """
 
     fp8_products: ClassVar = ("first", "second")
 
-    def __init__(self, inner: int, middle: int, outer: int) -> None:
+    def __init__(self, inner: int, middle: int, outer: int, apart: bool = False) -> None:
         super().__init__()
+        self.apart = apart
         self.first = Linear(inner, middle)
         self.enter = nn.Identity()
         self.second = Linear(middle, outer)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.enter(self.first(x)))
+        first, second = self.first, self.second
+        whole = type(first) is Linear and type(second) is Linear
+        plain = first.fp8 is None and second.fp8 is None if whole else False
+        middle, inner = first.weight.shape
+        outer = len(second.weight)
+        if self.apart or not plain or not pays(x.numel() // x.shape[-1], inner, middle, outer):
+            return second(self.enter(first(x)))
+        one, two = part(first.weight, x.dtype), part(second.weight, x.dtype)
+        bias = F.linear(part(first.bias, x.dtype), two, part(second.bias, x.dtype))
+        return F.linear(x, two @ one, bias)
 
     def merge_to(self, out: Linear) -> None:
         """Give `out` the product."""
@@ -55,17 +76,13 @@ class Kernels(nn.Module):
         self.three = Depthwise(width, 3)
         self.one = Depthwise(width, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
+        """gelu: x passes an erf-GELU first."""
         if self.apart:
+            x = F.gelu(x) if gelu else x
             return x + self.five(x) + self.three(x) + self.one(x)
-        # perf: U-DiT-S forward and backward, batch 8, one thread of a busy CPU: 10.2 s, apart
-        # 15.5 s, because torch runs a depthwise 1×1 channel by channel there.
         # why: x stays outside, because 1 + weight in bf16 would lose the weight.
-        weight, bias = self._sum(torch.float32)  # those of this rank's channels
-        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-        images = x.permute(0, 3, 1, 2)
-        mixed = F.conv2d(images, weight, bias, padding=2, groups=weight.shape[0])
-        return x + mixed.permute(0, 2, 3, 1)
+        return mix(x, *self._sum(torch.float32), gelu=gelu)  # those of this rank's channels
 
     def _sum(self, least: torch.dtype) -> tuple[Tensor, Tensor]:
         parts = (self.five, self.three, self.one)
@@ -98,12 +115,16 @@ class FeedForward(nn.Module):
     def __init__(self, width: int, hidden: int, form: Form) -> None:
         super().__init__()
         merged = form == "merged"
-        self.expand = Linear(width, hidden) if merged else Factored(width, width, hidden)
-        self.mix = Depthwise(hidden, 5) if merged else Kernels(hidden, form == "published")
-        self.contract = Linear(hidden, width) if merged else Factored(hidden, width, width)
+        apart = form == "published"
+        self.expand = Linear(width, hidden) if merged else Factored(width, width, hidden, apart)
+        self.mix = Depthwise(hidden, 5) if merged else Kernels(hidden, apart)
+        self.contract = Linear(hidden, width) if merged else Factored(hidden, width, width, apart)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.contract(self.mix(F.gelu(self.expand(x))))
+        hidden = self.expand(x)
+        if isinstance(self.mix, Kernels) and not self.mix.apart:
+            return self.contract(self.mix(hidden, gelu=True))
+        return self.contract(self.mix(F.gelu(hidden)))
 
 
 def _give(out: nn.Module, weight: Tensor, bias: Tensor) -> None:

@@ -7,6 +7,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+import torch
 
 from parallel import storage
 from pretrain import inspection, manifest
@@ -57,6 +58,27 @@ def test_a_killed_run_ends_as_the_undisturbed_one(
         inspection.contents(hurt, digest=True)["tensors"]
         == inspection.contents(calm, digest=True)["tensors"]
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_compiled_bf16_run_of_experts_resumes_bit_for_bit_on_a_gpu(
+    digits: Path, tmp_path: Path
+) -> None:
+    changes = {"precision": "bf16", "compile": True, "deterministic": True, "steps": 20}
+    config = tiny.write(tmp_path, "dit-moe", digits, **changes)
+    calm, hurt = tmp_path / "calm", tmp_path / "hurt"
+    ranks.train(config, calm)
+    hurt.mkdir()
+    words = ("train", str(config), f"run_dir={hurt}")
+    started = ranks.start(ranks.pretrain, 1, *words, log=hurt / "ranks.log")
+    _until_lines(hurt, 13, started)
+    started[0].kill()
+    ranks.wait(started)
+    ranks.train(config, hurt)
+    assert history(hurt) == history(calm)
+    one, other = (inspection.contents(run, digest=True)["tensors"] for run in (hurt, calm))
+    assert one == other
 
 
 def _until_lines(run: Path, goal: int, started: list[BaseProcess]) -> None:

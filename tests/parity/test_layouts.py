@@ -41,8 +41,10 @@ CELLS = [
     for model in MODELS + UNDER_MUP
     for layout in LAYOUTS
     if model in MODELS or layout.name in CUT
-    # why: minutes of compiling; the U-DiT with experts has the same blocks. `make parity` has it.
+    # why: minutes of compiling; the U-DiT with experts has the same blocks, and what an axis adds
+    # to a graph, DiT-MoE has. `make parity` has them all.
     if (model, layout.name) != ("udit", "compile")
+    and (model == "dit-moe" or not layout.name.startswith("compile×"))
 ]
 
 
@@ -64,7 +66,9 @@ def test_losses_norms_and_weights_are_equal_on_every_layout(
 ) -> None:
     cell = runs.cell(model, BY_NAME[layout])
     dense = "moe" not in model
-    if layout == "ZeRO-3×ep2" or (dense and ("ep" in layout or "static" in layout)):
+    if layout in ("ZeRO-3×ep2", "compile×ep2") or (
+        dense and ("ep" in layout or "static" in layout)
+    ):
         assert cell.refused, cell
         return
     assert not cell.refused
@@ -94,7 +98,7 @@ def test_bf16_stays_within_what_reordered_sums_do(model: str, steps: int, runs: 
         *(
             pytest.param("udit-moe", layout.name, marks=pytest.mark.slow)
             for layout in LAYOUTS
-            if layout.name != "ZeRO-3×ep2"
+            if layout.name in CUT or layout.name in ("HSDP 2×2", "ep4×tp2", "offload dp2")
         ),
     ],
 )

@@ -14,11 +14,11 @@ from omegaconf import OmegaConf
 from parallel import launch, links
 from parallel.errors import LayoutError
 from parallel.launch import Place
-from pretrain import planned
 from pretrain.benches import report as reports
 from pretrain.benches.dispatch import Sizes
 from pretrain.cluster import site
 from pretrain.cluster.site import LinksError
+from pretrain.planning import planned
 from tests import ranks, tiny
 
 HEAD = {"bench", "chip", "commit", "versions", "date", "ranks", "nodes"}

@@ -9,13 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.models.attention import (
-    Attention,
-    join_phases,
-    rope_table,
-    rotate,
-    split_phases,
-)
+from parallel.kernels.depthwise import join_phases, split_phases
+from parallel.kernels.heads import rotate
+from pretrain.models.attention import Attention, rope_table
 from pretrain.models.init import (
     Fill,
     Normal,

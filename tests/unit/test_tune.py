@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from data_pipeline.errors import DataError
-from pretrain import cli, config, planned, preflight, tune_report, tune_target
+from pretrain import cli, config, preflight, tune_report, tune_target
 from pretrain.cluster import sweep as collecting
 from pretrain.cluster import trials
 from pretrain.config import ConfigError
 from pretrain.models.mup import MupError
+from pretrain.planning import planned
 from pretrain.run import RunError
 from pretrain.tune import Search, Sweep
 from pretrain.tune_outcome import Outcome, outcome_of
