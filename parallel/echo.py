@@ -53,10 +53,15 @@ def _create(_store: Any, rank: int, world: int, _timeout: timedelta) -> dist.Pro
 def _done(result: Any) -> Any:
     future: Future[Any] = Future()
     future.set_result(result)
-    return torch._C._distributed_c10d._create_work_from_future(future)
+    c10d: Any = torch._C._distributed_c10d
+    return c10d._create_work_from_future(future)
 
 
-class _Echo(dist.ProcessGroup):
+# why untyped: methods are found by name, and torch has renamed some of them since 2.11.
+_Group: Any = dist.ProcessGroup
+
+
+class _Echo(_Group):
     """A group whose other ranks hold what this one holds. Names are torch's, new and old."""
 
     def __init__(self, rank: int, world: int) -> None:

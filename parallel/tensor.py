@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from parallel.clock import spending
 from parallel.errors import LayoutError
-from parallel.fp8.product import Product, linear
+from parallel.fp8.linear import linear
+from parallel.fp8.product import Product
 from parallel.mesh import Axis
 from parallel.reduce import sum_over
 from parallel.shards import Box

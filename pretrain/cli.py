@@ -50,6 +50,8 @@ def train(
     from pretrain import preflight
     from pretrain import train as page
     from pretrain.cluster import health as checks
+    from pretrain.foretold import fitting
+    from pretrain.shortage import explained
 
     place = launch.Place.here()
     words = [*(overrides or []), *_traced(profile)]
@@ -69,7 +71,8 @@ def train(
     with launch.guarded(INPUT_ERRORS):
         if health is not None and not checks.fit(cfg, health):
             raise SystemExit(1)
-        page.train(cfg)
+        with explained(Path(cfg.run_dir), place.rank, lambda: fitting(cfg, place.world)):
+            page.train(cfg)
 
 
 def _traced(steps: str) -> list[str]:

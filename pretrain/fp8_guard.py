@@ -49,8 +49,8 @@ class FP8Guard:
             return
         if not self._state.fp8.chosen:
             self._choose(batch)
-        step = self._state.step
-        if step == 1 or every(self._cfg.guard_every, step):
+        step, often = self._state.step, self._cfg.guard_every
+        if often is not None and (step == 1 or every(often, step)):
             self._compare(batch)
 
     def _choose(self, batch: Batch) -> None:

@@ -16,18 +16,19 @@ from pretrain.state import TrainState
 T = TypeVar("T")
 # What a step's time is told by; "other" is what belongs to none.
 KINDS = ("data", "forward", "backward", "communication", "optimizer", "checkpoint", "other")
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s, vendors' data sheets
 
 
 class Meter:
     """Counts between records; `record` starts the next interval."""
 
-    def __init__(self, global_batch: int, flops_per_image: int, world: int, clock: Clock) -> None:
-        """flops_per_image: of one training step, forward and backward. clock: of this process."""
+    def __init__(self, global_batch: int, flops_per_image: int, peak: float, clock: Clock) -> None:
+        """flops_per_image: of one training step, forward and backward. peak: FLOP/s of all ranks,
+        which mfu is a share of. clock: of this process.
+        """
         self._clock = clock
         self._global_batch = global_batch
         self._flops = flops_per_image
-        self._peak = _peak() * world
+        self._peak = peak
         self._dropped = 0.0  # picks, up to the last record
         self.spent = {"data": 0.0, "save": 0.0, "other": 0.0}  # seconds since the start
         self._begin, self._steps = time.perf_counter(), 0
@@ -69,7 +70,7 @@ class Meter:
             "samples": state.cursor.position,
             "images_per_s": images,
             "tflops": images * self._flops / 1e12,
-            "mfu": images * self._flops / self._peak if self._peak else None,
+            "mfu": images * self._flops / self._peak,
             "data_wait": (self.spent["data"] - self._waited) / steps,
             "step_time": seconds,
             "memory_gb": _memory() / 1e9,
@@ -84,14 +85,6 @@ class Meter:
             self._dropped = dropped
         self._begin, self._steps, self._waited = now, 0, self.spent["data"]
         return values
-
-
-def _peak() -> float:
-    """FLOP/s of one device; 0 for one that is not in the table (mfu is then null)."""
-    if not torch.cuda.is_available():
-        return 0.0
-    name = torch.cuda.get_device_name()
-    return next((peak for chip, peak in PEAK.items() if chip in name), 0.0)
 
 
 def _memory() -> float:

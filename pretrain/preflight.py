@@ -160,3 +160,12 @@ def identity(cfg: Config, manifest: Manifest | None) -> dict[str, Any]:
         "objective": cfg.objective.model_dump(mode="json"),
         "data": data,
     }
+
+
+def facts(cfg: Config, manifest: Manifest) -> dict[str, Any]:
+    """What a checkpoint says of its run."""
+    return {
+        **identity(cfg, manifest),
+        "latents": manifest.model_dump(mode="json") | {"splits": {}},
+        "config": cfg.model_dump(mode="json"),
+    }

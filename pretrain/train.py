@@ -12,19 +12,21 @@ from pathlib import Path
 
 from data_pipeline.loader import Loader
 from parallel import clock, launch
+from parallel.chips import peak
 from parallel.mesh import Mesh, degrees
-from parallel.precision import make_deterministic
+from parallel.precision import COMPUTE, make_deterministic
 from parallel.reduce import any_rank
 from pretrain import config
 from pretrain.checkpoint import Checkpoint
 from pretrain.config import Config
 from pretrain.engine import Engine, StepConfig
+from pretrain.foretold import Foretold
 from pretrain.fp8_guard import FP8Guard
 from pretrain.meter import Meter
 from pretrain.metrics import Log
 from pretrain.parallelize import parallelize
 from pretrain.planning.macs import flops_per_image
-from pretrain.preflight import identity
+from pretrain.preflight import facts
 from pretrain.preview import Preview
 from pretrain.profiling import Profile
 from pretrain.run import Run
@@ -73,6 +75,7 @@ def train(cfg: Config) -> None:
         make_deterministic()
     folder, timeout = Path(cfg.run_dir), timedelta(seconds=cfg.timeout)
     device = launch.join(place, threads=threads, timeout=timeout, stacks=folder / "stacks")
+    foretold = Foretold(cfg, place.world, device)
     sizes = degrees(cfg.mesh, place.world)
     mesh = Mesh(sizes, device.type, ordered=cfg.deterministic)
     run = Run(folder, place.rank)
@@ -83,13 +86,8 @@ def train(cfg: Config) -> None:
     watch = FP8Guard(cfg.fp8, state, engine.loss_of, run.say)
     launch.limit(timeout)  # of every group, those of libraries too
     manifest, settings = loader.info, cfg.model_dump(mode="json")
-    facts = {
-        **identity(cfg, manifest),
-        "latents": manifest.model_dump(mode="json") | {"splits": {}},
-        "config": settings,
-    }
     nodes = place.world // place.local_world
-    checkpoint = Checkpoint(cfg.checkpoint, folder, facts, run.say, nodes)
+    checkpoint = Checkpoint(cfg.checkpoint, folder, facts(cfg, manifest), run.say, nodes)
     preview = Preview(cfg.sample, cfg.objective, manifest, mesh, null=cfg.model.num_classes)
 
     if cfg.compile:
@@ -110,8 +108,8 @@ def train(cfg: Config) -> None:
         enabled=cfg.log.sample_ids,
         idle=mesh.tp.rank > 0,
     )
-    flops = flops_per_image(cfg.model)
-    meter = Meter(cfg.data.global_batch, flops, place.world, clock.start(device))
+    flops, best = flops_per_image(cfg.model), peak(device, COMPUTE[cfg.precision])[0] * place.world
+    meter = Meter(cfg.data.global_batch, flops, best, clock.start(device))
     profile = Profile(cfg.profile, folder, place.rank)
 
     # Loop: one line a verb, in the order time flows.
@@ -137,6 +135,7 @@ def train(cfg: Config) -> None:
         log.tick(state.step)
         logs = every(cfg.log.every, state.step)
         values = meter.record(state, metrics) if logs else {}  # sync: the only one in a plain step
+        foretold.compare(values, run.say)
         with meter.spending("other"):
             if logs:
                 log.train(state.step, values)

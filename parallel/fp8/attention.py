@@ -6,10 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel.fp8.product import How, Product, quantise
-from parallel.fp8.recipes import E4M3, E5M2, Quantised, largest, whole
-
-Q, K, V, G, S = range(5)  # operands, as `product.ATTENTION`
+from parallel.fp8 import transformer_engine
+from parallel.fp8.product import (
+    GRADIENT,
+    INPUTS,
+    LOGITS,
+    OUT,
+    TO_INPUTS,
+    How,
+    Product,
+    maximum,
+    quantise,
+)
+from parallel.fp8.recipes import E4M3, E5M2, Quantised, by_history, whole
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, product: Product | None) -> Tensor:
@@ -30,17 +39,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, product: Produc
 
 def _apply(q: Tensor, k: Tensor, v: Tensor, factor: float, product: Product) -> Tensor:
     if product.backend == "transformer_engine":
-        from parallel.fp8 import transformer_engine
-
         return transformer_engine.attention(q, k, v, factor, product)
     return _Attend.apply(q, k, v, factor, product.past, product.seen, How.of(product))
 
 
 class _Attend(torch.autograd.Function):
-    """What cuDNN's kernel rounds, rounded: q, k, v, probabilities, and both gradients inside.
+    """What cuDNN's kernel rounds, rounded: q, k and v with one scale, probabilities, the output,
+    and all gradients.
 
     Probabilities are at most 1, so their scale is known. The whole table of logits is held: this is
-    an emulation. Source: FlashAttention's backward; cuDNN's FP8 attention for what is rounded.
+    an emulation. Source: FlashAttention's backward; Transformer Engine's quantizers for the rest.
     """
 
     @staticmethod
@@ -54,11 +62,11 @@ class _Attend(torch.autograd.Function):
         seen: Tensor,
         how: How,
     ) -> Tensor:
-        q8 = quantise(q, Q, E4M3, past, seen, how)
-        k8 = quantise(k, K, E4M3, past, seen, how)
-        v8 = quantise(v, V, E4M3, past, seen, how)
+        now = maximum(torch.stack([t.abs().amax() for t in (q, k, v)]), INPUTS, seen, how, None)
+        q8, k8, v8 = (by_history(t, E4M3, past[INPUTS], now, how.margin) for t in (q, k, v))
         probs = _probabilities(q8, k8, factor)
         out = _rounded(probs, v.dtype) @ v8.plain(v.dtype)
+        out = quantise(out, OUT, E4M3, past, seen, how).plain(v.dtype)
         ctx.factor, ctx.how, ctx.dtype = factor, how, q.dtype
         kept = [tensor for eight in (q8, k8, v8) for tensor in (eight.data, eight.inverse)]
         ctx.save_for_backward(*kept, past, seen)
@@ -69,17 +77,20 @@ class _Attend(torch.autograd.Function):
         *kept, past, seen = ctx.saved_tensors
         how, dtype = ctx.how, ctx.dtype
         q8, k8, v8 = (Quantised(d, i, d.shape) for d, i in zip(kept[::2], kept[1::2], strict=True))
-        grad = quantise(grads[0], G, E5M2, past, seen, how).plain(dtype)
+        grad = quantise(grads[0], GRADIENT, E5M2, past, seen, how).plain(dtype)
         probs = _probabilities(q8, k8, ctx.factor)
         to_probs = (grad @ v8.plain(dtype).transpose(-2, -1)).float()
         # why: Σ_j p·dp of a row, which flash attention takes as Σ out·dout.
         inner = (to_probs * probs).sum(-1, keepdim=True)
         to_logits = (probs * (to_probs - inner) * ctx.factor).to(dtype)
-        to_logits = quantise(to_logits, S, E5M2, past, seen, how).plain(dtype)
+        to_logits = quantise(to_logits, LOGITS, E5M2, past, seen, how).plain(dtype)
         to_q = to_logits @ k8.plain(dtype)
         to_k = to_logits.transpose(-2, -1) @ q8.plain(dtype)
         to_v = _rounded(probs, dtype).transpose(-2, -1) @ grad
-        return to_q, to_k, to_v, None, None, None, None
+        of_all = torch.stack([t.abs().amax() for t in (to_q, to_k, to_v)])
+        now = maximum(of_all, TO_INPUTS, seen, how, None)
+        to = (by_history(t, E5M2, past[TO_INPUTS], now, how.margin) for t in (to_q, to_k, to_v))
+        return *(t.plain(dtype) for t in to), None, None, None, None
 
 
 def _probabilities(q: Quantised, k: Quantised, factor: float) -> Tensor:
@@ -88,4 +99,4 @@ def _probabilities(q: Quantised, k: Quantised, factor: float) -> Tensor:
 
 
 def _rounded(probs: Tensor, dtype: torch.dtype) -> Tensor:
-    return whole(probs, E4M3, largest(torch.ones((), device=probs.device))).plain(dtype)
+    return whole(probs, E4M3, torch.ones((), device=probs.device)).plain(dtype)

@@ -8,8 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.fp8 import transformer_engine
 from parallel.fp8.grouped import grouped
-from parallel.fp8.product import Product, Switch, linear
+from parallel.fp8.linear import linear
+from parallel.fp8.product import Product, Switch
+from parallel.fp8.recipes import TILE, Backend, Recipe
 
 Shape = tuple[int, ...]  # rows, outer, inner, and for experts their number
 Seconds = tuple[float, float]  # of forward and backward: in bf16, in FP8
@@ -20,6 +23,16 @@ def worthwhile(timings: Mapping[Shape, Seconds]) -> set[Shape]:
     return {shape for shape, (plain, ours) in timings.items() if ours < plain}
 
 
+def able(backend: Backend, recipe: Recipe, shape: Shape) -> bool:
+    """Whether the kernels take a linear of this shape; torch's others are filled up with zeros."""
+    _, outer, inner, *experts = shape
+    if experts or backend == "emulated":
+        return True
+    if backend == "transformer_engine":
+        return outer % transformer_engine.ROWS == inner % transformer_engine.ROWS == 0
+    return recipe != "block" or min(shape) >= TILE
+
+
 def too_slow(products: Mapping[str, Product], say: Callable[[str], None]) -> list[str]:
     """Names of products that stay in bf16, as rank 0 timed them; each shape is timed once, and
     said. Every rank calls it, after a forward in mode `measure`.
@@ -27,6 +40,8 @@ def too_slow(products: Mapping[str, Product], say: Callable[[str], None]) -> lis
     timings: dict[Shape, Seconds] = {}
     for product in products.values():
         for shape in product.shapes - timings.keys():
+            if not able(product.backend, product.recipe, shape):
+                continue
             timings[shape] = timed(product, shape)
             plain, ours = (1e6 * seconds for seconds in timings[shape])
             say(f"fp8: {'×'.join(map(str, shape))}: bf16 {plain:.0f} µs, fp8 {ours:.0f} µs")

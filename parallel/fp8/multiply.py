@@ -44,31 +44,37 @@ def _scaled_mm(a: Quantised, b: Quantised, dtype: torch.dtype, fast: bool) -> Te
 
 
 def _scaled_tiles(a: Quantised, b: Quantised, dtype: torch.dtype, fast: bool) -> Tensor:
-    """Tiles of 1×128, of b perhaps 128×128; a tile at the edge is filled up with zeros.
+    """Tiles of 1×128, of b perhaps 128×128.
 
-    Not run here: it needs a Hopper GPU and CUDA 12.9. Source: torch.nn.functional.scaled_mm.
+    Not run here: it needs a Hopper GPU and CUDA 12.9. Source: torch.nn.functional.scaled_mm and its
+    tests, for where scales lie.
     """
     kinds = {(1, TILE): F.ScalingType.BlockWise1x128, (TILE, TILE): F.ScalingType.BlockWise128x128}
     assert a.tile is not None
     assert b.tile is not None
+    columns = _padded(b.data, (_ROWS, TILE))
+    if b.tile == (TILE, TILE):
+        # why: cuBLAS wants a multiple of 4 tiles along the summed dim, next to each other.
+        scales = F.pad(b.inverse, (0, -b.inverse.shape[1] % 4)).contiguous().t()
+    else:
+        missing = columns.shape[0] - b.inverse.shape[0]
+        scales = _rows_together(F.pad(b.inverse, (0, 0, 0, missing), value=1.0))
     out = F.scaled_mm(
         _padded(a.data, (1, TILE)),
-        _padded(b.data, (_ROWS, TILE)).t(),
-        # why: cuBLAS reads the scales of 1×128 tiles with the rows next to each other.
-        scale_a=a.inverse.t().contiguous().t(),
+        columns.t(),
+        scale_a=_rows_together(a.inverse),
         scale_recipe_a=kinds[a.tile],
-        scale_b=_scales_of_b(b),
+        scale_b=scales,
         scale_recipe_b=kinds[b.tile],
         output_dtype=dtype,
         use_fast_accum=fast,
     )
-    return out[:, : b.data.shape[0]]
+    return out[: a.shape[0], : b.shape[0]]
 
 
-def _scales_of_b(b: Quantised) -> Tensor:
-    """Of the transposed operand, (K tiles, N or N tiles)."""
-    missing = -b.data.shape[0] % _ROWS if b.tile == (1, TILE) else 0
-    return F.pad(b.inverse, (0, 0, 0, missing), value=1.0).contiguous().t()
+def _rows_together(scales: Tensor) -> Tensor:
+    """The same, the scales of one column of tiles next to each other, as cuBLAS reads 1×128."""
+    return scales.t().contiguous().t()
 
 
 def _padded(data: Tensor, multiples: tuple[int, int]) -> Tensor:
@@ -94,8 +100,8 @@ def multiply_grouped(
     out = torch._scaled_grouped_mm(
         _padded(spread.forth(x.data), (1, _ROWS)),
         _padded_last(w.data, (_ROWS, _ROWS)).transpose(1, 2),
-        spread.forth(_per_row(x.inverse, x.data.shape[0])),
-        F.pad(_per_row(w.inverse.flatten(1), outer, experts), (0, -outer % _ROWS), value=1.0),
+        spread.forth(_per_row(x)),
+        F.pad(_per_row(w), (0, -outer % _ROWS), value=1.0),
         offs=spread.ends,
         out_dtype=dtype,
         use_fast_accum=fast,
@@ -121,8 +127,8 @@ def multiply_grouped_weight(
     out = torch._scaled_grouped_mm(
         left.t().contiguous(),
         right.t().contiguous().t(),
-        F.pad(_per_row(grad.inverse, outer), (0, -outer % _ROWS), value=1.0).repeat(experts),
-        F.pad(_per_row(x.inverse, inner), (0, -inner % _ROWS), value=1.0).repeat(experts),
+        F.pad(_per_row(grad), (0, -outer % _ROWS), value=1.0).repeat(experts),
+        F.pad(_per_row(x), (0, -inner % _ROWS), value=1.0).repeat(experts),
         offs=spread.ends,
         out_dtype=dtype,
         use_fast_accum=False,
@@ -130,13 +136,9 @@ def multiply_grouped_weight(
     return out[:, :outer, :inner]
 
 
-def _per_row(inverse: Tensor, rows: int, matrices: int | None = None) -> Tensor:
-    """A scale for each row, of one or of several matrices: (rows,) or (matrices, rows)."""
-    if matrices is None:
-        return inverse.reshape(-1).expand(rows).contiguous()
-    return inverse.reshape(-1, inverse.numel() // (matrices if inverse.numel() > 1 else 1)).expand(
-        matrices, rows
-    )
+def _per_row(x: Quantised) -> Tensor:
+    """A scale for each row, whatever it stands for: (..., rows)."""
+    return x.inverse.expand(*x.data.shape[:-1], 1)[..., 0].contiguous()
 
 
 def _padded_last(data: Tensor, multiples: tuple[int, int]) -> Tensor:

@@ -18,15 +18,17 @@ from typing import Any
 import torch
 
 from data_pipeline.batch import Batch
-from parallel import clock, echo, launch
+from parallel import chips, clock, echo, launch
 from parallel.mesh import Mesh, degrees
-from parallel.precision import make_deterministic
+from parallel.precision import COMPUTE, make_deterministic
 from pretrain import train as page
 from pretrain.benches.record import record
 from pretrain.config import Config, ConfigError, check_batch
 from pretrain.engine import Engine
 from pretrain.meter import KINDS
 from pretrain.parallelize import parallelize
+from pretrain.planning import planned
+from pretrain.planning.macs import flops_per_image
 from pretrain.preflight import check_axes, check_engine
 from pretrain.state import TrainState
 
@@ -66,7 +68,7 @@ def step(
         launch.leave()
     return (
         record("step", place)
-        | _figures(cfg, place.world, device, seconds)
+        | _figures(cfg, place.world, device, as_rank is not None, seconds)
         | {
             "spread": max(seconds) / min(seconds),
             "parts": parts,
@@ -129,11 +131,22 @@ def _batches(cfg: Config, mesh: Mesh, shape: tuple[int, ...]) -> Iterator[Batch]
         yield Batch(x, labels, slots, slots)
 
 
-def _figures(cfg: Config, world: int, device: torch.device, seconds: list[float]) -> dict[str, Any]:
-    from pretrain.planning.macs import flops_per_image
+def _figures(
+    cfg: Config, world: int, device: torch.device, alone: bool, seconds: list[float]
+) -> dict[str, Any]:
+    """Measured, and beside it what the plan makes of the same step.
 
+    alone: links were left out of what was measured, so the plan's seconds of links count beside it,
+    at once with computing as far as the plan takes them to be.
+    """
     median = statistics.median(seconds)
-    flops = flops_per_image(cfg.model) * cfg.data.global_batch / world
+    plan = planned.counted(cfg, world, planned.name_of(device))
+    took = planned.hours_of(plan, planned.name_of(device))
+    links = took.communication_seconds if alone else None
+    whole = max(median, links or 0.0)
+    flops = flops_per_image(cfg.model, plan.layout.micro_batch) * cfg.data.global_batch / world
+    best, basis = chips.peak(device, COMPUTE[cfg.precision])
+    roofline = sum(part.total for part in took.compute) or None
     return {
         "model": cfg.model.family,
         "size": getattr(cfg.model, "size", None),
@@ -142,7 +155,14 @@ def _figures(cfg: Config, world: int, device: torch.device, seconds: list[float]
         "engine": cfg.engine,
         "device": device.type,
         "global_batch": cfg.data.global_batch,
-        "step_seconds": median,
-        "images_per_s": cfg.data.global_batch / median,
-        "tflops_per_rank": flops / median / 1e12,
+        "step_seconds": whole,
+        "computing_seconds": median,  # measured
+        "links_seconds_modelled": links,  # None: they were measured with the rest
+        "images_per_s": cfg.data.global_batch / whole,
+        "tflops_per_rank": flops / whole / 1e12,
+        "mfu": flops / whole / best,
+        "mfu_basis": basis,
+        "roofline_seconds": roofline,  # of computing, by the plan
+        "of_roofline": roofline / median if roofline else None,
+        "planned_gb": plan.plan.per_rank.total / 1e9,
     }

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallel.fp8.product import Product, linear
+from parallel.fp8.linear import linear
+from parallel.fp8.product import Product
 from parallel.kernels.norm import EPS, gated, gated_norm, modulate
 from parallel.tensor import Plan, part
 from pretrain.models.init import Fill, Init, Normal, Table, Xavier, Zero, xavier_conv

@@ -90,14 +90,29 @@ def _search(one: Counted, device: str, links: Path | None) -> proposals.Search:
     )
 
 
+def searched(cfg: Config, world: int, device: str) -> tuple[int, proposals.Search]:
+    """Bytes on rank 0 of what is configured, and the layouts that fit a device of the table."""
+    one = counted(cfg, world, device)
+    return one.plan.per_rank.total, _search(one, device, None)
+
+
 def prediction(cfg: Config, world: int, device: torch.device) -> compare.Prediction:
     """Of memory and step time of a run on these ranks, which have the chip of this one."""
-    name, chip = "cpu", None
-    if device.type == "cuda":
-        chip = chip_of(torch.cuda.get_device_name(device))
-        name = next((key for key, other in CHIPS.items() if other is chip), "unknown GPU")
-    one = counted(cfg, world, name)
-    return compare.prediction(one.plan.per_rank, _hours(one, name, None, None))
+    one = counted(cfg, world, name_of(device))
+    return compare.prediction(one.plan.per_rank, hours_of(one, name_of(device)))
+
+
+def name_of(device: torch.device) -> str:
+    """What `--device` calls it: a chip of the table, "cpu", or "unknown GPU"."""
+    if device.type != "cuda":
+        return "cpu"
+    chip = chip_of(torch.cuda.get_device_name(device))
+    return next((key for key, other in CHIPS.items() if other is chip), "unknown GPU")
+
+
+def hours_of(one: Counted, device: str) -> hours.Hours:
+    """Seconds of a step on such a device, by the site's links file or else data sheets."""
+    return _hours(one, device, None, None)
 
 
 def counted(cfg: Config, gpus: int, device: str = "cpu") -> Counted:

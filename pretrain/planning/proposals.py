@@ -62,7 +62,7 @@ def search(
 ) -> Search:
     """now: the layout that is configured. room: bytes of a device. figures: None: by memory then.
 
-    compiled: of the configuration; with experts it allows no tensor or expert axis.
+    compiled: of the configuration; it allows no expert axis to the exact dispatcher.
     """
     tried, found = 0, list[tuple[tuple[float, ...], Proposal]]()
     least: tuple[Layout, PerRank] | None = None
@@ -102,7 +102,7 @@ def candidates(
         for ep in _divisors(shard * tp) if moe else [1]:
             if moe and (moe.experts % ep or (now.stage == 3 and ep > 1)):
                 continue
-            if compiled and moe and tp * ep > 1:
+            if compiled and moe and ep > 1 and moe.dispatcher == "exact":
                 continue
             sizes = Degrees(replicate, shard, 1, tp, ep, 1)
             yield from _micro_batches(cfg, now, sizes, global_batch)

@@ -72,17 +72,18 @@ def test_a_checkpoint_loads_at_any_layout_and_with_or_without_fp8(
 
 
 @pytest.mark.parametrize(
-    "layout",
+    ("model", "layout"),
     [
-        "mesh.tp=2",
-        pytest.param("mesh.ep=2", marks=pytest.mark.slow),
-        pytest.param("mesh.dp_shard=2", marks=pytest.mark.slow),
+        ("dit", "mesh.tp=2"),
+        pytest.param("udit-moe", "mesh.tp=2", marks=pytest.mark.slow),
+        pytest.param("udit-moe", "mesh.ep=2", marks=pytest.mark.slow),
+        pytest.param("udit-moe", "mesh.dp_shard=2", marks=pytest.mark.slow),
     ],
 )
 def test_delayed_scales_and_losses_are_those_of_one_process(
-    layout: str, digits: Path, tmp_path: Path
+    model: str, layout: str, digits: Path, tmp_path: Path
 ) -> None:
-    cfg = tiny.write(tmp_path, "udit-moe", digits, **FP8, steps=4)
+    cfg = tiny.write(tmp_path, model, digits, **FP8, steps=4, fp8__keep_first=0)
     alone, cut = tmp_path / "alone", tmp_path / "cut"
     ranks.train(cfg, alone)
     ranks.train(cfg, cut, layout, world=2)

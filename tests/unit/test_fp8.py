@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from parallel.fp8 import recipes
 from parallel.fp8.attention import attend
 from parallel.fp8.grouped import grouped
+from parallel.fp8.linear import linear
 from parallel.fp8.multiply import _Spread
-from parallel.fp8.product import Product, Switch, linear
+from parallel.fp8.product import Product, Switch
 from parallel.fp8.recipes import E4M3, E5M2, FP8Config, Recipe
 from parallel.fp8.scaling import Scaling, attach, products
 from parallel.mesh import ALONE
