@@ -98,10 +98,13 @@ class LoopedExperts(nn.Module):
         """As `MoE`, without a shared expert."""
         picks, _ = self.router(normed, time)
         tokens = x.flatten(0, -2)
-        out = torch.zeros_like(tokens)
+        places, outs = [], []
         for e, (gate, up, down) in enumerate(zip(self.gate, self.up, self.down, strict=True)):
             at = (picks.experts == e).nonzero()[:, 0]
             rows = tokens[picks.tokens[at]]
-            y = (F.silu(rows @ gate.T) * (rows @ up.T)) @ down.T
-            out = out.index_add(0, picks.tokens[at], y * picks.weights[at, None])
+            outs.append((F.silu(rows @ gate.T) * (rows @ up.T)) @ down.T)
+            places.append(at)
+        at = torch.cat(places)
+        weighted = torch.cat(outs) * picks.weights[at, None]
+        out = torch.zeros_like(tokens).index_add(0, picks.tokens[at], weighted)
         return out.view(x.shape)
