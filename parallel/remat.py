@@ -44,6 +44,9 @@ PRODUCTS = (
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.dit_pretrain.grouped_mm.default,
+    _aten._scaled_mm.default,
+    _aten._scaled_mm_v2.default,
+    _aten._scaled_grouped_mm.default,
     torch.ops.dit_pretrain.mix.default,
 )
 # Collectives that return a new tensor. Those of `c10d` write into one that they are given: their

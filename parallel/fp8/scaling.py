@@ -33,11 +33,12 @@ def attach(
         return Product(recipe, cfg.margin, backend, cfg.history, switch, past, seen, axis)
 
     chosen = units[cfg.keep_first : len(units) - cfg.keep_last]
-    for module in (module for unit in chosen for module in unit.modules()):
+    modules: list[Any] = [module for unit in chosen for module in unit.modules()]
+    for module in modules:
         for name in getattr(module, "fp8_products", ()):
             part = getattr(module, name)
             if isinstance(part, nn.Module):
-                part.fp8 = fresh(len(OPERANDS), tp, cfg.recipe)
+                vars(part)["fp8"] = fresh(len(OPERANDS), tp, cfg.recipe)
             elif part is not None:
                 module.fp8 = {**module.fp8, name: fresh(len(OPERANDS), ALONE, cfg.recipe)}
         if cfg.attention and hasattr(module, "fp8_attention"):
@@ -48,7 +49,8 @@ def attach(
 def products(model: nn.Module) -> dict[str, Product]:
     """By the name of the linear, attention, or tensor of experts that each belongs to."""
     found: dict[str, Product] = {}
-    for name, module in model.named_modules():
+    modules: list[tuple[str, Any]] = list(model.named_modules())
+    for name, module in modules:
         held = getattr(module, "fp8", None) or {}
         found |= {name: held} if isinstance(held, Product) else _under(name, held)
         attention = getattr(module, "fp8_attention", None)

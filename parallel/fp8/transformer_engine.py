@@ -10,6 +10,7 @@ tests hold the calls against a stand-in. Source: transformer_engine.pytorch's do
 import inspect
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -46,23 +47,28 @@ class _Engine(NamedTuple):
 
 @cache
 def _engine() -> _Engine:
-    import transformer_engine.pytorch  # noqa: F401  (finds the extension)
-    import transformer_engine_torch as tex
-    from transformer_engine.pytorch.cpp_extensions import general_gemm
-    from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer
-    from transformer_engine.pytorch.tensor.float8_tensor import Float8Quantizer
+    gemm = _with_workspace(_part("cpp_extensions").general_gemm)
+    whole = _part("tensor.float8_tensor").Float8Quantizer
+    tiles = _part("tensor.float8_blockwise_tensor").Float8BlockQuantizer
+    return _Engine(gemm, whole, tiles, {E4M3: _types().kFloat8E4M3, E5M2: _types().kFloat8E5M2})
 
-    dtypes = {E4M3: tex.DType.kFloat8E4M3, E5M2: tex.DType.kFloat8E5M2}
-    return _Engine(_with_workspace(general_gemm), Float8Quantizer, Float8BlockQuantizer, dtypes)
+
+def _part(name: str) -> Any:
+    """Why by name: it is no package that a type checker could find here."""
+    return import_module(f"transformer_engine.pytorch.{name}")
+
+
+def _types() -> Any:
+    import_module("transformer_engine.pytorch")  # why: it finds the extension
+    return import_module("transformer_engine_torch").DType
 
 
 def _with_workspace(gemm: Callable[..., Any]) -> Callable[..., Any]:
     """Up to 2.9 the caller brings the workspace."""
     if "workspace" not in inspect.signature(gemm).parameters:
         return gemm
-    from transformer_engine.pytorch.module.base import get_workspace
-
-    return lambda a, b, **rest: gemm(a, b, workspace=get_workspace(), **rest)
+    workspace = _part("module.base").get_workspace
+    return lambda a, b, **rest: gemm(a, b, workspace=workspace(), **rest)
 
 
 def linear(x: Tensor, weight: Tensor, product: Product) -> Tensor:
@@ -166,10 +172,7 @@ class _Attend(torch.autograd.Function):
         seen: Tensor,
         how: How,
     ) -> Tensor:
-        from transformer_engine.pytorch.cpp_extensions.fused_attn import (
-            FusedAttnBackend,
-            fused_attn_fwd,
-        )
+        kernels = _part("cpp_extensions.fused_attn")
 
         now = maximum(torch.stack([t.abs().amax() for t in (q, k, v)]), INPUTS, seen, how, None)
         inputs = _whole(E4M3, _scale(INPUTS, E4M3, past, now, how))
@@ -178,7 +181,7 @@ class _Attend(torch.autograd.Function):
         ends = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=q.device)
         common = {
             "fake_dtype": q.dtype,
-            "fused_attention_backend": FusedAttnBackend["FP8"],
+            "fused_attention_backend": kernels.FusedAttnBackend["FP8"],
             "s_quantizer": _whole(E4M3, scale_of(torch.ones((), device=q.device), E4M3)),
             "attn_scale": factor,
             "dropout": 0.0,
@@ -186,7 +189,7 @@ class _Attend(torch.autograd.Function):
             "attn_bias_type": "no_bias",
             "attn_mask_type": "no_mask",
         }
-        out, aux, *_ = fused_attn_fwd(
+        out, aux, *_ = kernels.fused_attn_fwd(
             True,
             tokens,
             tokens,
@@ -204,14 +207,13 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        import transformer_engine_torch as tex
-        from transformer_engine.pytorch.cpp_extensions.fused_attn import fused_attn_bwd
+        fused_attn_bwd = _part("cpp_extensions.fused_attn").fused_attn_bwd
 
         q8, k8, v8, out, ends, past, seen = ctx.saved_tensors
         tokens = q8.shape[1]
         grad = _quantised(grads[0].contiguous(), GRADIENT, E5M2, past, seen, ctx.how)
         given = {
-            "dqkv_dtype": tex.DType.kFloat8E5M2,
+            "dqkv_dtype": _types().kFloat8E5M2,
             "aux_ctx_tensors": ctx.aux,
             "dp_quantizer": _noting(LOGITS, E5M2, past, seen, ctx.how),
             "dqkv_quantizer": _noting(TO_INPUTS, E5M2, past, seen, ctx.how),
