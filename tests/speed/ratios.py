@@ -26,7 +26,7 @@ from pretrain.models.init import initialise
 from pretrain.models.moe import MoE, MoEConfig
 from pretrain.models.udit import UDiTConfig
 from pretrain.objectives import DDPM
-from pretrain.plan import flops_per_image
+from pretrain.planning.macs import flops_per_image
 from tests.speed import twin
 
 BATCH, SIZE = 8, 32
