@@ -25,7 +25,7 @@ from pretrain.fp8_guard import FP8Guard
 from pretrain.meter import Meter
 from pretrain.metrics import Log
 from pretrain.parallelize import parallelize
-from pretrain.planning.macs import flops_per_image
+from pretrain.planning.planned import executed
 from pretrain.preflight import facts
 from pretrain.preview import Preview
 from pretrain.profiling import Profile
@@ -108,7 +108,7 @@ def train(cfg: Config) -> None:
         enabled=cfg.log.sample_ids,
         idle=mesh.tp.rank > 0,
     )
-    flops, best = flops_per_image(cfg.model), peak(device, COMPUTE[cfg.precision])[0] * place.world
+    flops, best = executed(cfg, sizes), peak(device, COMPUTE[cfg.precision])[0] * place.world
     meter = Meter(cfg.data.global_batch, flops, best, clock.start(device))
     profile = Profile(cfg.profile, folder, place.rank)
 

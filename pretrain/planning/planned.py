@@ -9,11 +9,11 @@ import torch
 
 from parallel import deepspeed
 from parallel.chips import CHIPS, chip_of
-from parallel.mesh import degrees
+from parallel.mesh import Degrees, degrees
 from pretrain import config
 from pretrain.cluster import site
 from pretrain.config import Config, ConfigError, check_batch
-from pretrain.planning import compare, hours, plan, proposals
+from pretrain.planning import compare, hours, macs, plan, proposals
 from pretrain.planning.layout import Layout
 from pretrain.preflight import check_axes
 
@@ -145,6 +145,13 @@ def counted(cfg: Config, gpus: int, device: str = "cpu") -> Counted:
         device=device,
     )
     return Counted(cfg, layout, plan.plan(cfg.model, layout))
+
+
+def executed(cfg: Config, sizes: Degrees) -> int:
+    """FLOPs of training on one image as a run of these degrees executes them."""
+    micro_batch = cfg.data.global_batch // (sizes.data * cfg.accum)
+    layout = Layout(sizes, cfg.precision, micro_batch)
+    return macs.flops_per_image(cfg.model, micro_batch, pairs=layout.pairs)
 
 
 def of_run(folder: Path, ranks: int, device: str = "cpu") -> Counted:

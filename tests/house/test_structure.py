@@ -1,12 +1,14 @@
 """The house keeps its shape: who imports whom, how long a page is, what README promises."""
 
 import ast
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from pretrain import config
+from pretrain.benches import gpu_check
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("pretrain", "parallel", "data_pipeline")
@@ -126,3 +128,16 @@ def test_every_path_in_the_readme_exists() -> None:
     for name in named:
         made = name.replace("_tuned.yaml", ".yaml")  # by `pretrain tune --target`, beside it
         assert list(ROOT.glob(made)), f"README names {name}, which does not exist"
+
+
+def test_the_gpu_table_is_that_of_the_committed_result() -> None:
+    """README shows what gpu-check measured and nothing else; without a result it says so."""
+    text = (ROOT / "README.md").read_text()
+    shown = text.partition("<!-- gpu-check -->")[2].partition("<!-- /gpu-check -->")[0].strip()
+    results = sorted((ROOT / "configs" / "results").glob("*.json"))
+    if not results:
+        assert shown.startswith("No GPU has run this yet")
+        return
+    found = [json.loads(path.read_text()) for path in results]
+    assert not any(result["self_test"] for result in found)
+    assert shown == "\n\n".join(gpu_check.table(result) for result in found)

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from parallel import launch
+from parallel.kernels.depthwise import mix
 from pretrain import config
 from pretrain.planning import planned, roofline
 from pretrain.planning.roofline import Machine
@@ -136,8 +137,9 @@ def _parts() -> dict[str, Callable[[], None]]:
     """What steps are made of: products, depthwise convolutions, element-wise passes."""
     a, b = (torch.randn(_SIDE, _SIDE) for _ in range(2))
     shape = (_IMAGES, _PIXELS, _PIXELS, _CHANNELS)
-    x = torch.randn(shape).permute(0, 3, 1, 2).requires_grad_()
+    x = torch.randn(shape, requires_grad=True)
     kernel = torch.randn(_CHANNELS, 1, 5, 5, requires_grad=True)
+    bias = torch.randn(_CHANNELS, requires_grad=True)
     y, z = (torch.randn(_VALUES) for _ in range(2))
 
     def product() -> None:
@@ -145,7 +147,7 @@ def _parts() -> dict[str, Callable[[], None]]:
             torch.mm(a, b)
 
     def depthwise() -> None:
-        F.conv2d(x, kernel, padding=2, groups=_CHANNELS).sum().backward()
+        mix(x, kernel, bias).sum().backward()
 
     def elementwise() -> None:
         for _ in range(_REPEATS):

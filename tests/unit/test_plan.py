@@ -284,6 +284,11 @@ def test_executed_flops_lie_between_those_of_the_merged_and_the_published_graph(
     cut = plan(EXPERTS, Layout(Degrees(tp=3), micro_batch=64)).flops_executed_per_image
     whole = plan(EXPERTS, Layout(micro_batch=64)).flops_executed_per_image
     assert whole == many < cut < made.flops_train_per_image
+    cfg = config.validate(tree_of(EXPERTS, Degrees(dp_shard=2)))
+    batch = cfg.data.model_copy(update={"global_batch": 256})
+    run = cfg.model_copy(update={"data": batch, "accum": 2})
+    assert planned.executed(run, Degrees(dp_shard=2)) == many
+    assert planned.executed(run, Degrees(dp_shard=1, tp=2)) > many
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero1", "zero2", "zero3"])
