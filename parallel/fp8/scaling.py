@@ -4,6 +4,7 @@ A model says which of its products may run in FP8 (`fp8_products`, as it says it
 `attach` gives these a `Product`. `Scaling` finds them again and moves their histories once a step.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -144,8 +145,9 @@ class Scaling:
             product.on = name not in names
 
     def scalars(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the histories."""
-        return {"off": self.off, "chosen": self.chosen, "gap": self.gap}
+        """What a checkpoint holds beside the histories, as JSON holds it."""
+        gap = self.gap if self.gap is not None and math.isfinite(self.gap) else None
+        return {"off": self.off, "chosen": self.chosen, "gap": gap}
 
     def take(self, scalars: Mapping[str, Any]) -> None:
         """Takes them back; what a checkpoint without FP8 does not hold is as at the start."""
