@@ -111,13 +111,14 @@ class _Spread(torch.autograd.Function):
     ) -> Tensor:
         ctx.fixed = lengths if isinstance(lengths, int) else None
         ctx.save_for_backward(back, kept, None if isinstance(lengths, int) else lengths)
-        return x[source]
+        # perf: index_select copies whole rows; x[source] took a fifth of the layer on a CPU.
+        return x.index_select(0, source)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         back, kept, lengths = ctx.saved_tensors
         # why: gather the rows and sum; index_add would add in any order on a GPU.
-        rows = _masked(grads[0][back], kept)
+        rows = _masked(grads[0].index_select(0, back), kept)
         return _sum(rows, ctx.fixed or lengths), None, None, None, None
 
 
@@ -127,12 +128,12 @@ class _Take(torch.autograd.Function):
         ctx: Any, rows: Tensor, index: Tensor, inverse: Tensor, taken: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(inverse, taken)
-        return rows[index]
+        return rows.index_select(0, index)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         inverse, taken = ctx.saved_tensors
-        return _masked(grads[0][inverse], taken), None, None, None
+        return _masked(grads[0].index_select(0, inverse), taken), None, None, None
 
 
 class _Sum(torch.autograd.Function):
@@ -144,7 +145,7 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (tokens,) = ctx.saved_tensors
-        return grads[0][tokens], None, None
+        return grads[0].index_select(0, tokens), None, None
 
 
 def grouped_mm(x: Tensor, w: Tensor, counts: Tensor) -> Tensor:

@@ -176,6 +176,29 @@ def attention(
 
 
 @bench.command()
+def precision(
+    path: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    images: Annotated[int, typer.Option(min=1, help="Of a step.")] = 8,
+    steps: Annotated[int, typer.Option(min=4, help="Of the short runs that gaps are of.")] = 40,
+    rounds: Rounds = 5,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """FP8 beside bf16, by recipe: what a block's products gain, and what a short run loses."""
+    from pretrain import config
+    from pretrain.benches import precision as benches
+
+    cfg = config.load(path, overrides or [])
+    _measure(
+        lambda: benches.precision(cfg.model, images=images, steps=steps, rounds=rounds),
+        0,
+        as_json,
+        out,
+    )
+
+
+@bench.command()
 def site(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What slurm/acceptance.sh left.")],
     as_json: AsJson = False,

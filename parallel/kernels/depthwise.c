@@ -26,7 +26,7 @@ INLINE lanes normal_share(lanes x, lanes *slope) {
     bits negative = (bits)(x < all(0.0f));
     lanes size = choose(negative, -x, x) * 0.70710678f;
     lanes bell = exp_negative(-size * size);
-    lanes t = 1.0f / (1.0f + 0.3275911f * size);
+    lanes t = inverse(1.0f + 0.3275911f * size);
     lanes sum = all(1.061405429f) * t - 1.453152027f;
     sum = sum * t + 1.421413741f;
     sum = sum * t - 0.284496736f;

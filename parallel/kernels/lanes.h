@@ -5,6 +5,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #define LANES 16
 #define INLINE static inline __attribute__((always_inline))
@@ -38,6 +41,16 @@ INLINE float total(lanes v) {
 }
 INLINE lanes choose(bits mask, lanes yes, lanes no) {
     return (lanes)(((bits)yes & mask) | ((bits)no & ~mask));
+}
+/* 1 / x to one unit in the last place, for finite x >= 1; NaN stays NaN. A true division takes
+   sixteen cycles, which is a third of a GELU. */
+INLINE lanes inverse(lanes x) {
+#ifdef __AVX512F__
+    lanes guess = (lanes)_mm512_rcp14_ps((__m512)x);
+    return guess * (2.0f - x * guess);
+#else
+    return 1.0f / x;
+#endif
 }
 /* e^x for x <= 0, relative error below 2e-7; NaN stays NaN, below -87 it is 1e-38. */
 INLINE lanes exp_negative(lanes x) {

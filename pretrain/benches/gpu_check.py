@@ -89,6 +89,7 @@ def items(tiny: bool) -> Iterator[Item]:
     yield Item("experts beside dense", ("pretrain", "bench", "moe", *sizes.split()), 40.0)
     yield _attention(_UNET, tiny)
     yield _attention(_DENSE, tiny)
+    yield _precision(tiny)
     few = ("--samples", "2000") if tiny else ()
     yield Item("loader", ("pretrain", "bench", "loader", *few), 40.0)
     values = "1e5" if tiny else "5e8"
@@ -102,6 +103,12 @@ def _attention(path: str, tiny: bool) -> Item:
     words = [*_TINY[path].split(), "--images", "1", "--rounds", "1"] if tiny else ["--images", "64"]
     name = f"attention of {Path(path).stem}"
     return Item(name, ("pretrain", "bench", "attention", path, *words), 40.0)
+
+
+def _precision(tiny: bool) -> Item:
+    words = [*_TINY[_DENSE].split(), "--images", "2", "--steps", "4", "--rounds", "1"]
+    words = words if tiny else ["model.depth=4", "--images", "64", "--steps", "20"]
+    return Item("FP8 by recipe", ("pretrain", "bench", "precision", _DENSE, *words), 60.0)
 
 
 def run(tiny: bool, whole: float = WHOLE) -> dict[str, Any]:
@@ -202,6 +209,9 @@ def _summary(item: dict[str, Any]) -> str:
     match result["bench"]:
         case "moe":
             return ", ".join(f"{row['layer']} {row['share']:.2f}" for row in result["rows"])
+        case "precision":
+            rows = result["recipes"]
+            return ", ".join(f"{r['recipe']} {r['gain']:.2f}× {r['gap']:+.2%}" for r in rows)
         case "attention":
             best = max((row["tflops"] or 0.0 for row in result["rows"]), default=0.0)
             return f"best {best:.3g} TFLOP/s"

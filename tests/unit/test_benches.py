@@ -145,6 +145,22 @@ def test_the_table_of_gpu_check_has_a_row_for_every_step() -> None:
     assert "fp8: skipped: x not installed." in text
 
 
+def test_every_kind_of_result_has_words_in_the_table() -> None:
+    results: list[dict[str, Any]] = [
+        {"bench": "precision", "recipes": [{"recipe": "block", "gain": 1.25, "gap": 0.0012}]},
+        {"bench": "moe", "rows": [{"layer": "balanced", "share": 0.91}]},
+        {"bench": "attention", "rows": [{"tflops": 300.0}, {"tflops": None}]},
+        {"bench": "loader", "samples_per_s": 1234.4, "share": 0.5},
+    ]
+    said = [gpu_check._summary({"outcome": "ok", "result": result}) for result in results]
+    assert said == [
+        "block 1.25× +0.12%",
+        "balanced 0.91",
+        "best 300 TFLOP/s",
+        "1234 samples/s, 0.50 of raw reads",
+    ]
+
+
 def test_gpu_check_covers_what_it_promises() -> None:
     for tiny_shapes in (True, False):
         names = " ".join(item.name for item in gpu_check.items(tiny_shapes))
