@@ -50,7 +50,7 @@ def _scaled(value: float, units: Iterable[tuple[float, str]] = _UNITS) -> str:
 
 
 def _bytes(value: float) -> str:
-    return f"{value / 1e9:.1f} GB" if value >= 1e8 else f"{_scaled(value)}B"
+    return f"{value / 1e9:.1f} GB" if value >= 1e9 else f"{_scaled(value)}B"
 
 
 def _seconds(value: float) -> str:
@@ -141,7 +141,9 @@ def _stages(values: Mapping[str, Any]) -> Table:
     routed = any(row["moe_layers"] for row in values["stages"])
     columns += ["sent", "tok/expert"] if routed else []
     columns += ["time", "bound by"] if took else []
-    table = _table("\nstages (MACs and all-to-all an image; kept and time a step)", *columns)
+    table = _table(
+        "\nstages (MACs and sent: an image; kept: a micro-batch; time: a step)", *columns
+    )
     for row in values["stages"]:
         cells = [row["name"], *(str(row[key] or "") for key in ("blocks", "tokens", "width"))]
         cells += [_scaled(row["params"], _COUNTS), _scaled(row["macs"]), _bytes(row["activations"])]

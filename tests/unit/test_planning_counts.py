@@ -38,7 +38,7 @@ UNUSUAL = {  # what no shipped configuration has
     ),
 }
 PUBLISHED = (
-    *(DiTConfig(size=size) for size in DIT_SIZES),
+    *(DiTConfig(size=size) for size in DIT_SIZES if not size.endswith("/4")),
     *(DiTMoEConfig(size=f"{name}/2-8E2A") for name in ("S", "B", "L", "XL", "G")),
     *(UDiTConfig(size=size) for size in UDIT_SIZES),
 )
