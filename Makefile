@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet
 DEVICE_BUILD := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 
-.PHONY: setup demo test slow parity torture gpu-check check format clean
+.PHONY: setup demo test slow speed parity torture gpu-check check format clean
 
 setup: .venv/ready
 
@@ -34,10 +34,16 @@ demo: .venv/ready
 	$(BIN)/python -m pretrain.demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not timing"
 
 slow: .venv/ready
 	$(BIN)/python -m pytest -m slow
+
+# Ratios of times: how fast the models are beside each other and beside plain twins, and as the plan says.
+# Not part of CI, whose cores others share.
+speed: .venv/ready
+	$(BIN)/python -m pytest -m timing
+	$(BIN)/python -m tests.speed.ratios
 
 # Every model on every layout beside one process.
 parity: .venv/ready

@@ -11,7 +11,7 @@ from tests.speed import ratios
 GUARDS = {"a": 2.0, "d": 1.1}  # wanted: 1.5 at most, 1.5 at least
 
 
-@pytest.mark.slow
+@pytest.mark.timing
 def test_no_ratio_is_far_from_what_is_promised() -> None:
     names = [name for key in GUARDS for name in ratios.RATIOS[key][1:3]]
     for _ in range(3):

@@ -13,7 +13,7 @@ ASKED = 3  # times, because the machine is shared
 NAMES = ("DiT 384×3", "DiT 192×4, batch 32", "DiT-MoE 192×3", "U-DiT 64", "U-DiT-MoE 48")
 
 
-@pytest.mark.slow
+@pytest.mark.timing
 def test_ratios_of_step_times_are_as_planned(tmp_path: Path) -> None:
     names, out = (plan_time.CALIBRATION, *NAMES), tmp_path / "rows.json"
     for _ in range(ASKED):
