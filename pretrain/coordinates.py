@@ -262,7 +262,7 @@ class _Watch:
         self._seen: dict[tuple[str, str], list[Tensor]] = {}
         for module in model.modules():
             if hasattr(module, "apart"):  # U-DiT's: its parts are then called one by one
-                module.apart = True
+                vars(module)["apart"] = True
         for layer, module, read in _layers(model):
             module.register_forward_hook(self._hook(layer, read))
         for moe in moe_layers(model):

@@ -59,10 +59,9 @@ class _Modulate(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, scale, mean, rstd = ctx.saved_tensors
         if torch.compiler.is_compiling():
-            of_x, *rest = _plain_norm_backward(grads[0], x, scale, mean, rstd)
-            return of_x, *rest
+            return _plain_norm_backward(grads[0], x, scale, mean, rstd)
         of_x, vectors = torch.ops.dit_pretrain.norm_backward(grads[0], x, _flat(scale), mean, rstd)
-        return of_x, *(_as(scale, vectors[:, i]) for i in (0, 1))
+        return of_x, _as(scale, vectors[:, 0]), _as(scale, vectors[:, 1])
 
 
 def _norm(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -234,8 +233,8 @@ def _gated_norm_backward(
 
 def _like(x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     ones = (*x.shape[:-1], 1)
-    wide = (torch.empty(ones, dtype=torch.float32, device=x.device) for _ in range(2))
-    return torch.empty_like(x, dtype=shift.dtype), *wide
+    mean = torch.empty(ones, dtype=torch.float32, device=x.device)
+    return torch.empty_like(x, dtype=shift.dtype), mean, torch.empty_like(mean)
 
 
 def _room(x: Tensor) -> tuple[Tensor, Tensor]:

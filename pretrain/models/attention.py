@@ -105,8 +105,9 @@ class PhaseAttention(nn.Module):
         if self.apart:
             tokens = split_phases(x + self.mix(x))
         else:
-            weight, bias = part(self.mix.weight, x.dtype), part(self.mix.bias, x.dtype)
-            tokens = mix(x, weight, bias, split=True)
+            bias = self.mix.bias
+            assert bias is not None
+            tokens = mix(x, part(self.mix.weight, x.dtype), part(bias, x.dtype), split=True)
         return self.core(tokens, rope)  # (4B, H/2*W/2, C)
 
 
