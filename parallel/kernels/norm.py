@@ -28,7 +28,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def gated(x: Tensor, out: Tensor, gate: Tensor) -> Tensor:
     """x + gate·out. x, out: (B, ..., C); gate: (B, 1, ..., C)."""
-    if torch.compiler.is_compiling():
+    if _fused_by_compiler(x):
         return x + gate * out
     return _Gated.apply(x, out, gate)
 
@@ -41,11 +41,17 @@ def gated_norm(
     x: (B, ..., C); gate, shift, scale: (B, 1, ..., C). out: as x, or with `phases`, for x of
     (B, H, W, C), the phase grids (4B, H/2·W/2, C).
     """
-    if torch.compiler.is_compiling():
+    if _fused_by_compiler(x):
         out = join_phases(out, x.shape[1], x.shape[2]) if phases else out
         x = x + gate * out
         return x, modulate(x, shift, scale)
     return _GatedNorm.apply(x, out, gate, shift, scale, phases)
+
+
+def _fused_by_compiler(x: Tensor) -> bool:
+    """Whether plain operators are given to a compiler that fuses them: all but what C takes."""
+    in_c = x.device.type == "cpu" and x.dtype == torch.float32
+    return torch.compiler.is_compiling() and not in_c
 
 
 class _Modulate(torch.autograd.Function):
@@ -58,14 +64,14 @@ class _Modulate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, scale, mean, rstd = ctx.saved_tensors
-        if torch.compiler.is_compiling():
+        if _fused_by_compiler(x):
             return _plain_norm_backward(grads[0], x, scale, mean, rstd)
         of_x, vectors = torch.ops.dit_pretrain.norm_backward(grads[0], x, _flat(scale), mean, rstd)
         return of_x, _as(scale, vectors[:, 0]), _as(scale, vectors[:, 1])
 
 
 def _norm(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if torch.compiler.is_compiling():
+    if _fused_by_compiler(x):
         return _plain_norm(x, shift, scale)
     return torch.ops.dit_pretrain.norm(x, _flat(shift), _flat(scale))
 
