@@ -45,23 +45,23 @@ def _doubled() -> None:
 def _swapped() -> None:
     from pretrain.models import moe
 
-    honest = moe.grouped_mm
+    honest = moe.grouped
 
-    def grouped_mm(rows, weight, counts):  # type: ignore[no-untyped-def]
-        return honest(rows, torch.cat([weight[1:2], weight[:1], weight[2:]]), counts)
+    def grouped(rows, weight, *args):  # type: ignore[no-untyped-def]
+        return honest(rows, torch.cat([weight[1:2], weight[:1], weight[2:]]), *args)
 
-    moe.grouped_mm = grouped_mm
+    moe.grouped = grouped
 
 
 def _reversed() -> None:
     from pretrain.models import attention
 
-    honest = attention.F.scaled_dot_product_attention
+    honest = attention.attend
 
-    def attend(*args, **kwargs):  # type: ignore[no-untyped-def]
-        return honest(*args, **kwargs).flip(1)
+    def attend(*args):  # type: ignore[no-untyped-def]
+        return honest(*args).flip(1)
 
-    attention.F.scaled_dot_product_attention = attend
+    attention.attend = attend
 
 
 def _dropped() -> None:
