@@ -126,7 +126,7 @@ class Checkpoint:
         begin = time.perf_counter()
         try:
             index = Index.from_json(found[0])
-            fresh = state.fp8.absent({n: s.shape for n, s in index.tensors.items()})
+            fresh = state.absent({n: s.shape for n, s in index.tensors.items()})
             storage.read(
                 {n: t for n, t in state.tensors().items() if n not in fresh}, folder, index
             )

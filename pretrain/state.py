@@ -1,5 +1,6 @@
 """TrainState: what survives a restart, and nothing else."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +69,10 @@ class TrainState:
             | {"guard.statistics": self.guard.statistics}
             | self.fp8.tensors()
         )
+
+    def absent(self, stored: Mapping[str, Sequence[int]]) -> set[str]:
+        """Names that a checkpoint may leave out and does; these begin anew. stored: its shapes."""
+        return self.fp8.absent(stored)
 
     def scalars(self) -> dict[str, Any]:
         """All the rest, as JSON holds it."""

@@ -141,9 +141,9 @@ class Runs:
             # why: the published batch-wise loss knows the micro-batch, and so the accumulation.
             changes |= {"model__moe__aux_image": 0.01, "model__moe__aux_batch": 0.0}
         if model in UNDER_MUP:
-            # why: with seed 0 the gradient of one of the 64 values of a U-DiT's query bias nearly
-            # cancels; that value alone differs, by 2e-5.
-            changes["seed"] = 1
+            # why: with seeds 0 and 1 the gradient of one of the 64 values of a query or value
+            # bias nearly cancels; that value alone differs, by 1e-5 to 2e-5.
+            changes["seed"] = 3
         return tiny.write(
             place,
             model,

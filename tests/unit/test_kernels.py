@@ -240,15 +240,23 @@ def _in_child(queue: "multiprocessing.SimpleQueue[float]") -> None:
 
 
 @needs_compiler
-def test_one_openmp_runs_and_a_fork_with_one_thread_does_not_hang() -> None:
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
+def test_the_kernels_use_the_openmp_that_torch_uses() -> None:
+    """In a process of its own: other libraries bring theirs into this one."""
+    code = (
+        "import torch; from parallel.kernels import native; assert native.library() is not None;"
+        "print(len({l.split()[-1] for l in open('/proc/self/maps') if 'gomp' in l}))"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "1"
+
+
+@needs_compiler
+def test_a_fork_with_one_thread_does_not_hang() -> None:
     given = torch.ones(2, 4, 4, 8), torch.ones(8, 1, 5, 5), torch.ones(8)
     torch.set_num_threads(2)
     want = mix(*given).sum().item()
     torch.set_num_threads(1)
-    maps = Path("/proc/self/maps")
-    if maps.exists():
-        loaded = {line.split()[-1] for line in maps.read_text().splitlines() if "gomp" in line}
-        assert len(loaded) == 1, loaded
     queue = (fork := multiprocessing.get_context("fork")).SimpleQueue()
     child = fork.Process(target=_in_child, args=(queue,))
     child.start()

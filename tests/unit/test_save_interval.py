@@ -104,6 +104,9 @@ class Held:
     def tensors(self) -> dict[str, Tensor]:
         return self.values
 
+    def absent(self, stored: object) -> set[str]:
+        return set()
+
     def scalars(self) -> dict[str, int]:
         return {"step": self.step}
 
