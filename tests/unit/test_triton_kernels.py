@@ -13,6 +13,7 @@ from torch import Tensor
 
 from parallel.kernels import gpu, native
 from parallel.kernels.depthwise import mix
+from parallel.kernels.heads import cosine_heads
 
 Tensors = tuple[Tensor, ...]
 needs_triton = pytest.mark.skipif(
@@ -61,6 +62,22 @@ def check_depthwise() -> None:
             return (mix(*v, gelu=gelu, split=split),)
 
         compare(ours, given)
+
+
+def check_heads() -> None:
+    for dtype, images, size in ((torch.float32, 2, 20), (torch.bfloat16, 1, 96)):
+        torch.manual_seed(0)
+        x, angle = torch.randn(images, 16, 3, size, dtype=dtype), torch.rand(16, size // 2)
+        rope = torch.stack([angle.cos(), angle.sin()])
+        x[0, 3, 1] = 0  # a head without a length
+        compare(lambda x, s, r=rope: (cosine_heads(x, r, s),), (x, 1 + torch.rand(3)))
+        compare(lambda x, r=rope: (cosine_heads(x, r, None),), (x,))
+        x[0, 5, 2, 7] = float("nan")
+        assert (
+            run(lambda x, r=rope: (cosine_heads(x, r, None),), (x,), "triton")[0][0, 5, 2]
+            .isnan()
+            .all()
+        )
 
 
 def check_depthwise_not_finite() -> None:
