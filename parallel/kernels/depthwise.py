@@ -1,7 +1,7 @@
 """Depthwise 5×5 with its shortcut on channels-last tokens, after a GELU if asked: y = a + w∗a + b.
 
 Where U-DiT mixes neighbours. One pass over memory forward and one backward; of what it reads only
-x is kept. In C for float32 on a CPU; else plain torch operators.
+x is kept. In C for float32 on a CPU, in Triton on a GPU; else plain torch operators.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from parallel.kernels import native
+from parallel.kernels import gpu, native
 
 KERNEL = 5
 _ONE, _PAD = (1, 1), (KERNEL // 2, KERNEL // 2)
@@ -62,6 +62,8 @@ class _Mix(torch.autograd.Function):
 @torch.library.custom_op("dit_pretrain::mix", mutates_args=())
 def _mix(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, split: bool) -> Tensor:
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
+    if gpu.fits(x, weight, bias):
+        return gpu.kernels("depthwise").mix(x, weight, bias, gelu, split)
     if not native.fits(x, weight, bias):
         return _plain(x, weight, bias, gelu, split)
     out = x.new_empty(_shape(x, split))
@@ -74,6 +76,8 @@ def _mix_backward(
     grad: Tensor, x: Tensor, weight: Tensor, gelu: bool, split: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
+    if gpu.fits(grad, x, weight):
+        return gpu.kernels("depthwise").mix_backward(grad, x, weight, gelu, split)
     if not native.fits(grad, x, weight):
         return _plain_backward(grad, x, weight, gelu, split)
     of_x, of_weight = torch.empty_like(x), torch.empty_like(weight)

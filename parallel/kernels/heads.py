@@ -1,7 +1,8 @@
 """Cosine heads: rotary turn, length one, times a scale for each head, in one pass each way.
 
 Computed in float32, because the logits are up to 100 times the rounding of q and k. In C for
-float32 on a CPU; else plain torch operators. Only what came in is kept for backward.
+float32 on a CPU, in Triton on a GPU; else plain torch operators. Only what came in is kept for
+backward.
 """
 
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel.kernels import native
+from parallel.kernels import gpu, native
 
 _WIDEST = 512  # channels of a head, as in heads.c
 _ROWS = 64  # as in heads.c
@@ -78,6 +79,8 @@ def _fits(*given: Tensor | None) -> bool:
 @torch.library.custom_op("dit_pretrain::cosine_heads", mutates_args=())
 def _heads(x: Tensor, table: Tensor | None, scale: Tensor | None) -> Tensor:
     x = x.contiguous()
+    if table is not None and x.shape[-1] <= _WIDEST and gpu.fits(x, table, scale):
+        return gpu.kernels("heads").heads(x, table, scale)
     if table is None or not _fits(x, table, scale):
         wide = F.normalize(_turn(x, table), dim=-1)
         return (wide if scale is None else wide * scale[:, None]).to(x.dtype, copy=True)
@@ -94,6 +97,8 @@ def _heads_backward(
     """Gradients of x, and of scale (nh,)."""
     grad, x = grad.contiguous(), x.contiguous()
     batch, tokens, heads, size = x.shape
+    if table is not None and size <= _WIDEST and gpu.fits(grad, x, table, scale):
+        return gpu.kernels("heads").heads_backward(grad, x, table, scale)
     if table is None or not _fits(x, grad, table, scale):
         turned, wide = _turn(x, table), grad.float()
         length = turned.norm(dim=-1, keepdim=True).clamp(min=1e-12)

@@ -1,7 +1,8 @@
 """adaLN in one pass: the residual gate and the modulated norm behind it, forward and backward.
 
 x1 = x + gate·out; h = norm(x1)·(1 + scale) + shift, in float32. Sums over the tokens of an image
-do not depend on the other images. In C for float32 on a CPU; else plain torch operators.
+do not depend on the other images. In C for float32 on a CPU, in Triton on a
+GPU; else plain torch operators.
 """
 
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.kernels import native
+from parallel.kernels import gpu, native
 from parallel.kernels.depthwise import join_phases, split_phases
 
 EPS = 1e-6
+_WIDEST = 8192  # channels that a program of triton_norm.py holds
 _aten = torch.ops.aten
 
 
@@ -139,10 +141,19 @@ def _fits(tokens: tuple[Tensor, ...], vectors: tuple[Tensor, ...]) -> bool:
     return native.fits(*tokens, *(v[:1] for v in vectors))
 
 
+def _fits_gpu(tokens: tuple[Tensor, ...], vectors: tuple[Tensor, ...]) -> bool:
+    return tokens[0].shape[-1] <= _WIDEST and gpu.fits(*tokens, *(v[:1] for v in vectors))
+
+
 @torch.library.custom_op("dit_pretrain::norm", mutates_args=())
 def norm(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x: (B, ..., C); shift, scale: (B, C). Returns h, and mean and rstd (B, ..., 1) float32."""
     x, (shift, scale) = x.contiguous(), _rows(shift, scale)
+    if _fits_gpu((x,), (shift, scale)):
+        results = _like(x, shift)
+        given = (x, None, (None, shift, scale), (None, *results))
+        gpu.kernels("norm").forward(*given, 0, EPS)
+        return results
     if not _fits((x,), (shift, scale)):
         return _plain_norm(x, _wide(shift, x.ndim).to(shift.dtype), scale=_wide(scale, x.ndim))
     h, mean, rstd = _like(x, shift)
@@ -158,6 +169,10 @@ def norm_backward(
     """Gradients of x, and of shift and scale as (B, 2, C) float32."""
     grad, x, (scale,) = grad.contiguous(), x.contiguous(), _rows(scale)
     images, tokens, channels = _sizes(x)
+    if _fits_gpu((grad, x), (scale,)):
+        of_x = torch.empty_like(x)
+        given = ((None, grad), x, None, (None, scale), (mean, rstd), (of_x, None))
+        return of_x, gpu.kernels("norm").backward(*given, 0)[:, 1:].contiguous()
     if not _fits((grad, x), (scale,)):
         of_x, *rest = _plain_norm_backward(grad, x, _wide(scale, x.ndim), mean, rstd)
         return of_x, torch.stack([v.flatten(1) for v in rest], 1)
@@ -171,6 +186,11 @@ def norm_backward(
 @torch.library.custom_op("dit_pretrain::gated", mutates_args=())
 def _gated_op(x: Tensor, out: Tensor, gate: Tensor) -> Tensor:
     x, out, (gate,) = x.contiguous(), out.contiguous(), _rows(gate)
+    if _fits_gpu((x, out), (gate,)):
+        x1 = torch.empty_like(x)
+        given = (x, out, (gate, None, None), (x1, None, None, None))
+        gpu.kernels("norm").forward(*given, 0, EPS)
+        return x1
     if not _fits((x, out), (gate,)):
         return x + gate.view(gate.shape[0], *(1,) * (x.ndim - 2), -1) * out
     x1 = torch.empty_like(x)
@@ -182,6 +202,10 @@ def _gated_op(x: Tensor, out: Tensor, gate: Tensor) -> Tensor:
 def _gated_backward(grad: Tensor, out: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of out and of gate, the second (B, C) float32."""
     grad, out, (gate,) = grad.contiguous(), out.contiguous(), _rows(gate)
+    if _fits_gpu((grad, out), (gate,)):
+        of_out = torch.empty_like(out)
+        given = ((grad, None), grad, out, (gate, None), (None, None), (None, of_out))
+        return of_out, gpu.kernels("norm").backward(*given, 0)[:, 0].contiguous()
     if not _fits((grad, out), (gate,)):
         wide = gate.view(gate.shape[0], *(1,) * (out.ndim - 2), -1)
         return grad * wide, (grad.float() * out.float()).flatten(1, -2).sum(1)
@@ -197,6 +221,11 @@ def _gated_norm_op(
     x: Tensor, out: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, phases: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, out, vectors = x.contiguous(), out.contiguous(), _rows(gate, shift, scale)
+    if _fits_gpu((x, out), vectors):
+        results = (torch.empty_like(x), *_like(x, shift))
+        given = (x, out, vectors, results)
+        gpu.kernels("norm").forward(*given, x.shape[2] if phases else 0, EPS)
+        return results
     if not _fits((x, out), vectors):
         out = join_phases(out, x.shape[1], x.shape[2]) if phases else out
         x1 = x + gate.view(gate.shape[0], *(1,) * (x.ndim - 2), -1) * out
@@ -222,6 +251,11 @@ def _gated_norm_backward(
     """Gradients of x, of out, and of gate, shift and scale as (B, 3, C) float32."""
     grad_x1, grad_h, vectors = grad_x1.contiguous(), grad_h.contiguous(), _rows(gate, scale)
     x1, out = x1.contiguous(), out.contiguous()
+    if _fits_gpu((grad_x1, grad_h, x1, out), vectors):
+        of_x, of_out = torch.empty_like(x1), torch.empty_like(out)
+        given = ((grad_x1, grad_h), x1, out, vectors, (mean, rstd), (of_x, of_out))
+        width = x1.shape[2] if phases else 0
+        return of_x, of_out, gpu.kernels("norm").backward(*given, width)
     if not _fits((grad_x1, grad_h, x1, out), vectors):
         of_x, of_norm = norm_backward(grad_h, x1, scale, mean, rstd)
         of_x = of_x + grad_x1
