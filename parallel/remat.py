@@ -2,7 +2,7 @@
 
 Both set `unit.forward` on the instance, so names of parameters, hooks and `fully_shard` do not see
 them. Routing is kept in every mode: a top-k taken twice can choose differently, and its tokens
-would be counted twice. What an engine gathers inside a unit it hides from them.
+would be counted twice. What an engine gathers, it gathers around a unit, or hides from them.
 """
 
 from collections.abc import Callable, Sequence
