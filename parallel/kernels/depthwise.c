@@ -1,10 +1,14 @@
 /* y = a + bias + depthwise 5x5 of a on channels-last images, a = x or gelu(x), and its gradients.
 
    A task is one image and one slice of channels: it walks down the rows with five of them, padded
-   with zeros, in a ring that stays in the cache. y and its gradient may lie as four phase grids. */
+   with zeros, in a ring that stays in the cache. Within the ring, taps and sums, LANES channels lie
+   together for all columns or taps, so that what one pass reads is contiguous. y and its gradient
+   may lie as four phase grids. */
 #include "lanes.h"
 
-enum { K = 5, PAD = 2, SLICE = 64, TAPS = 25 };
+enum { K = 5, PAD = 2, SLICE = 64, TAPS = 25, PIXELS = 4 };
+/* Kernel rows whose gradients are summed together: K sums each, and PIXELS, and one, in registers. */
+enum { TOGETHER = LANES == 16 ? 5 : 2 };
 
 typedef struct {
     const float *x, *weight, *bias, *grad; /* weight (C, 25) */
@@ -39,40 +43,42 @@ INLINE lanes normal_share(lanes x, lanes *slope) {
 /* Row `row` of one slice into its padded place in a ring; zeros outside the image. */
 INLINE void fill(const mix_t *m, float *ring, const float *from, int split, long row, long image,
                  long first, long count, int gelu, float *slopes) {
-    long slot = ((row + K) % K) * (m->width + 2 * PAD) * SLICE;
-    float *to = ring + slot + PAD * SLICE;
+    long across = m->width + 2 * PAD, slot = ((row + K) % K) * across * SLICE;
     if (row < 0 || row >= m->height) {
-        memset(to, 0, sizeof(float) * m->width * SLICE);
+        memset(ring + slot, 0, sizeof(float) * across * SLICE);
         return;
     }
     long pixels = m->height * m->width;
     for (long column = 0; column < m->width; column++) {
         const float *at = from + (image * pixels + place(m, split, row, column)) * m->channels + first;
         for (long c = 0; c < count; c += LANES) {
+            long to = slot + c * across + (PAD + column) * LANES;
             lanes v = load_some(at + c, count - c);
             if (gelu) {
                 lanes slope, share = normal_share(v, &slope);
-                if (slopes) store(slopes + slot + (PAD + column) * SLICE + c, share + slope);
+                if (slopes) store(slopes + to, share + slope);
                 v = v * share;
             }
-            store(to + column * SLICE + c, v);
+            store(ring + to, v);
         }
     }
 }
 
+/* n pixels at once, as many as leave registers for a row of taps: each input is loaded once a row. */
 INLINE void sums(const int n, const float *const rows[K], long at, const float *taps, lanes bias,
                  lanes *out) {
     for (int p = 0; p < n; p++) out[p] = bias;
 #pragma GCC unroll 5
     for (int i = 0; i < K; i++) {
-        lanes in[12];
-#pragma GCC unroll 12
-        for (int q = 0; q < n + K - 1; q++) in[q] = load(rows[i] + at + q * SLICE);
+        lanes tap[K];
 #pragma GCC unroll 5
-        for (int j = 0; j < K; j++) {
-            lanes tap = load(taps + (i * K + j) * SLICE);
-#pragma GCC unroll 8
-            for (int p = 0; p < n; p++) out[p] += tap * in[p + j];
+        for (int j = 0; j < K; j++) tap[j] = load(taps + (i * K + j) * LANES);
+#pragma GCC unroll 12
+        for (int q = 0; q < n + K - 1; q++) {
+            lanes in = load(rows[i] + at + q * LANES);
+#pragma GCC unroll 5
+            for (int j = 0; j < K; j++)
+                if (q - j >= 0 && q - j < n) out[q - j] += tap[j] * in;
         }
     }
 }
@@ -82,10 +88,11 @@ INLINE void mix_some(const int n, const mix_t *m, const float *const rows[K], co
                      lanes bias, const float *slopes, float *out, int split, long row, long column,
                      long c, long count) {
     lanes sum[8];
-    sums(n, rows, column * SLICE + c, taps + c, bias, sum);
+    long at = c * (m->width + 2 * PAD) + column * LANES;
+    sums(n, rows, at, taps + c * TAPS, bias, sum);
     for (int p = 0; p < n; p++) {
-        lanes value = load(rows[PAD] + (column + p + PAD) * SLICE + c) + sum[p];
-        if (slopes) value = value * load(slopes + (column + p + PAD) * SLICE + c);
+        lanes value = load(rows[PAD] + at + (p + PAD) * LANES) + sum[p];
+        if (slopes) value = value * load(slopes + at + (p + PAD) * LANES);
         store_some(out + place(m, split, row, column + p) * m->channels + c, value, count - c);
     }
 }
@@ -105,28 +112,54 @@ INLINE void mix_row(const mix_t *m, const float *const rows[K], const float *tap
     }
 }
 
-/* Gradients of the taps and of the bias from one row, added to `to` (26, SLICE). */
+/* Gradients of the taps of n kernel rows from `many` pixels of one image row, added to sum (n, K). */
+INLINE void weigh(const int n, const int many, const float *const *rows, const float *grads, long at,
+                  lanes *sum) {
+    lanes g[PIXELS];
+#pragma GCC unroll 8
+    for (int p = 0; p < many; p++) g[p] = load(grads + at + (PAD + p) * LANES);
+#pragma GCC unroll 5
+    for (int i = 0; i < n; i++)
+#pragma GCC unroll 8
+        for (int q = 0; q < many + K - 1; q++) {
+            lanes in = load(rows[i] + at + q * LANES);
+#pragma GCC unroll 5
+            for (int j = 0; j < K; j++)
+                if (q - j >= 0 && q - j < many) sum[i * K + j] += g[q - j] * in;
+        }
+}
+
+/* The same of a whole image row, added to `to` (n, K, LANES). */
+INLINE void weigh_rows(const int n, const mix_t *m, const float *const *rows, const float *grads,
+                       float *to, long c) {
+    lanes sum[K * K];
+#pragma GCC unroll 25
+    for (int t = 0; t < n * K; t++) sum[t] = load(to + t * LANES);
+    long w = 0, at = c * (m->width + 2 * PAD);
+    for (; w + PIXELS <= m->width; w += PIXELS) weigh(n, PIXELS, rows, grads, at + w * LANES, sum);
+    for (; w < m->width; w++) weigh(n, 1, rows, grads, at + w * LANES, sum);
+#pragma GCC unroll 25
+    for (int t = 0; t < n * K; t++) store(to + t * LANES, sum[t]);
+}
+
+/* Gradients of the taps and of the bias from one row, added to `to` (SLICE / LANES, 26, LANES). */
 INLINE void weigh_row(const mix_t *m, const float *const rows[K], const float *grads, float *to,
                       long count) {
-    for (long c = 0; c < count; c += LANES) {
-        lanes sum[TAPS], of_bias = {0};
-#pragma GCC unroll 25
-        for (int t = 0; t < TAPS; t++) sum[t] = (lanes){0};
-        for (long w = 0; w < m->width; w++) {
-            lanes g = load(grads + (w + PAD) * SLICE + c);
-            of_bias += g;
+    for (long c = 0; c < count; c += LANES, to += (TAPS + 1) * LANES) {
+        int i = 0;
 #pragma GCC unroll 5
-            for (int i = 0; i < K; i++)
-#pragma GCC unroll 5
-                for (int j = 0; j < K; j++)
-                    sum[i * K + j] += g * load(rows[i] + (w + j) * SLICE + c);
-        }
-#pragma GCC unroll 25
-        for (int t = 0; t < TAPS; t++)
-            store(to + t * SLICE + c, load(to + t * SLICE + c) + sum[t]);
-        store(to + TAPS * SLICE + c, load(to + TAPS * SLICE + c) + of_bias);
+        for (; i + TOGETHER <= K; i += TOGETHER)
+            weigh_rows(TOGETHER, m, rows + i, grads, to + i * K * LANES, c);
+        if (i < K) weigh_rows(K % TOGETHER, m, rows + i, grads, to + i * K * LANES, c);
+        lanes of_bias = load(to + TAPS * LANES);
+        const float *row = grads + c * (m->width + 2 * PAD) + PAD * LANES;
+        for (long w = 0; w < m->width; w++) of_bias += load(row + w * LANES);
+        store(to + TAPS * LANES, of_bias);
     }
 }
+
+/* Where value t of channel c stands among `many` a channel. */
+INLINE long among(long c, long t, long many) { return c / LANES * LANES * many + t * LANES + c % LANES; }
 
 INLINE long slices(const mix_t *m) { return (m->channels + SLICE - 1) / SLICE; }
 
@@ -144,7 +177,8 @@ INLINE void mix_forward(const mix_t *m, long task, const int gelu) {
     float taps[TAPS * SLICE] = {0}, bias[SLICE] = {0};
     for (long c = 0; c < count; c++) {
         bias[c] = m->bias[first + c];
-        for (int t = 0; t < TAPS; t++) taps[t * SLICE + c] = m->weight[(first + c) * TAPS + t];
+        for (int t = 0; t < TAPS; t++)
+            taps[among(c, t, TAPS)] = m->weight[(first + c) * TAPS + t];
     }
     float *ring = clean(K * (m->width + 2 * PAD) * SLICE);
     float *out = m->y + image * pixels * m->channels + first;
@@ -166,7 +200,7 @@ INLINE void mix_backward(const mix_t *m, long task, const int gelu) {
     float taps[TAPS * SLICE] = {0}, none[SLICE] = {0}, to[(TAPS + 1) * SLICE] = {0};
     for (long c = 0; c < count; c++)
         for (int t = 0; t < TAPS; t++)
-            taps[t * SLICE + c] = m->weight[(first + c) * TAPS + TAPS - 1 - t];
+            taps[among(c, t, TAPS)] = m->weight[(first + c) * TAPS + TAPS - 1 - t];
     float *ring = clean((gelu ? 3 : 2) * size), *grads = ring + size;
     float *slopes = gelu ? grads + size : NULL;
     float *out = m->grad_x + image * pixels * m->channels + first;
@@ -185,8 +219,8 @@ INLINE void mix_backward(const mix_t *m, long task, const int gelu) {
         weigh_row(m, rows, above[PAD], to, count);
     }
     for (int t = 0; t <= TAPS; t++)
-        memcpy(m->parts + (image * (TAPS + 1) + t) * m->channels + first, to + t * SLICE,
-               sizeof(float) * count);
+        for (long c = 0; c < count; c++)
+            m->parts[(image * (TAPS + 1) + t) * m->channels + first + c] = to[among(c, t, TAPS + 1)];
     free(ring);
 }
 

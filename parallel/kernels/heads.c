@@ -11,9 +11,14 @@ typedef struct {
     long rows, tokens, heads, size;
 } heads_t;
 
-typedef int32_t order __attribute__((vector_size(64)));
 INLINE lanes swapped(lanes v) {
+#if LANES == 16
     return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+#elif LANES == 8
+    return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
+#else
+    return __builtin_shufflevector(v, v, 1, 0, 3, 2);
+#endif
 }
 
 INLINE long runs(const heads_t *h) { return (h->rows + ROWS - 1) / ROWS; }

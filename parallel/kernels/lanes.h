@@ -1,19 +1,27 @@
-/* Sixteen floats at a time, by the vector extension of gcc and clang: the compiler picks the
-   instructions. Sums keep one fixed order: results depend on shapes only. */
+/* As many floats at a time as a register of the processor holds, by the vector extension of gcc and
+   clang: the compiler picks the instructions, and puts wider vectors on the stack. Sums keep one
+   fixed order: on one kind of processor, results depend on shapes only. */
 #ifndef LANES_H
 #define LANES_H
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef __AVX512F__
+#ifdef __AVX__
 #include <immintrin.h>
 #endif
 
+#if defined(__AVX512F__)
 #define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+#define BYTES (4 * LANES)
 #define INLINE static inline __attribute__((always_inline))
-typedef float lanes __attribute__((vector_size(64)));
-typedef float loose __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t bits __attribute__((vector_size(64)));
+typedef float lanes __attribute__((vector_size(BYTES)));
+typedef float loose __attribute__((vector_size(BYTES), aligned(4), may_alias));
+typedef int32_t bits __attribute__((vector_size(BYTES)));
 
 INLINE lanes all(float value) { return (lanes){0} + value; }
 INLINE lanes load(const float *at) { return *(const loose *)at; }
@@ -23,21 +31,22 @@ INLINE void store(float *at, lanes value) { *(loose *)at = value; }
 INLINE lanes load_some(const float *at, long n) {
     if (n >= LANES) return load(at);
     lanes value = {0};
-    if (n == 8) memcpy(&value, at, 32);
+    if (n == LANES / 2) memcpy(&value, at, BYTES / 2);
     else for (long i = 0; i < n; i++) value[i] = at[i];
     return value;
 }
 INLINE void store_some(float *at, lanes value, long n) {
     if (n >= LANES) { store(at, value); return; }
-    if (n == 8) memcpy(at, &value, 32);
+    if (n == LANES / 2) memcpy(at, &value, BYTES / 2);
     else for (long i = 0; i < n; i++) at[i] = value[i];
 }
 INLINE float total(lanes v) {
-    float sum = 0;
     float part[4];
-    for (int i = 0; i < 4; i++) part[i] = (v[i] + v[i + 4]) + (v[i + 8] + v[i + 12]);
-    sum = (part[0] + part[1]) + (part[2] + part[3]);
-    return sum;
+    for (int i = 0; i < 4; i++) {
+        part[i] = v[i];
+        for (int j = i + 4; j < LANES; j += 4) part[i] += v[j];
+    }
+    return (part[0] + part[1]) + (part[2] + part[3]);
 }
 INLINE lanes choose(bits mask, lanes yes, lanes no) {
     return (lanes)(((bits)yes & mask) | ((bits)no & ~mask));
@@ -47,6 +56,9 @@ INLINE lanes choose(bits mask, lanes yes, lanes no) {
 INLINE lanes inverse(lanes x) {
 #ifdef __AVX512F__
     lanes guess = (lanes)_mm512_rcp14_ps((__m512)x);
+    return guess * (2.0f - x * guess);
+#elif defined(__AVX__)
+    lanes guess = (lanes)_mm256_rcp_ps((__m256)x);
     return guess * (2.0f - x * guess);
 #else
     return 1.0f / x;
