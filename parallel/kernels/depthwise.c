@@ -51,6 +51,8 @@ INLINE void fill(const mix_t *m, float *ring, const float *from, int split, long
     long pixels = m->height * m->width;
     for (long column = 0; column < m->width; column++) {
         const float *at = from + (image * pixels + place(m, split, row, column)) * m->channels + first;
+        const float *next = row + 1 < m->height ? from + (image * pixels + place(m, split, row + 1, column)) * m->channels + first : at;
+        for (long c = 0; c < count; c += 16) __builtin_prefetch(next + c);
         for (long c = 0; c < count; c += LANES) {
             long to = slot + c * across + (PAD + column) * LANES;
             lanes v = load_some(at + c, count - c);
