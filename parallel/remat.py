@@ -19,7 +19,8 @@ from torch.utils.checkpoint import (
 )
 
 import parallel.experts
-import parallel.kernels.depthwise  # noqa: F401  (both register operators)
+import parallel.kernels.depthwise
+import parallel.kernels.phases  # noqa: F401  (all three register operators)
 
 
 class RematConfig(BaseModel):
@@ -48,6 +49,7 @@ PRODUCTS = (
     _aten._scaled_mm_v2.default,
     _aten._scaled_grouped_mm.default,
     torch.ops.dit_pretrain.mix.default,
+    torch.ops.dit_pretrain.phase_attention.default,
 )
 # Collectives that return a new tensor. Those of `c10d` write into one that they are given: their
 # result could be kept, but not what they wrote, so they run again, in the same order on all ranks.

@@ -19,21 +19,30 @@ from parallel.fp8.product import (
     quantise,
 )
 from parallel.fp8.recipes import E4M3, E5M2, Quantised, by_history, whole
+from parallel.kernels.phases import attention as phase_attention
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, product: Product | None) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    product: Product | None,
+    phases: bool = False,
+) -> Tensor:
     """Scaled dot product attention, in FP8 if the product is on. (B, nh, N, hd) -> the same.
 
-    scale: of the logits; None: 1/√hd.
+    scale: of the logits; None: 1/√hd. phases: the token sets are the phase grids of images.
     """
+    plain = phase_attention if phases else F.scaled_dot_product_attention
     if product is None or not (product.in_fp8 or product.measures):
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+        return plain(q, k, v, scale=scale)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     out = _apply(q, k, v, factor, product)
     if product.measures:
-        plain = F.scaled_dot_product_attention(q, k, v, scale=scale)
-        product.compare(plain, out)
-        return plain
+        exact = plain(q, k, v, scale=scale)
+        product.compare(exact, out)
+        return exact
     return out
 
 

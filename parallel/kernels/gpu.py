@@ -29,12 +29,18 @@ def fits(*tensors: Tensor | None) -> bool:
             return False
         if not tensor.is_contiguous():
             return False
-    return _installed()
+    return _there()
 
 
 def kernels(name: str) -> Any:
     """The module triton_<name> beside this file, imported at first use."""
     return importlib.import_module(f"parallel.kernels.triton_{name}")
+
+
+@torch.compiler.assume_constant_result
+def _there() -> bool:
+    """For a compiler that reads along, and would trace neither the search nor the warning."""
+    return _installed()
 
 
 @lru_cache(maxsize=1)
@@ -44,6 +50,6 @@ def _installed() -> bool:
     warnings.warn(
         "GPU kernels are off, plain torch operators run instead, slower: no triton found. "
         "Install triton, which comes with torch for CUDA",
-        stacklevel=3,
+        stacklevel=4,
     )
     return False

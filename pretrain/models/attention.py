@@ -39,10 +39,16 @@ class Attention(nn.Module):
     fp8_attention: Product | None = None  # of softmax(QKᵀ)V
 
     def __init__(
-        self, width: int, num_heads: int, kind: Literal["dot", "norm", "cosine"] = "dot"
+        self,
+        width: int,
+        num_heads: int,
+        kind: Literal["dot", "norm", "cosine"] = "dot",
+        phases: bool = False,
     ) -> None:
+        """phases: four token sets at a time are the phases of an image, see `split_phases`."""
         super().__init__()
         self.kind = kind
+        self.phases = phases
         self.head_dim = width // num_heads
         fused = Xavier(width, 3 * width)
         self.enter = nn.Identity()
@@ -73,6 +79,7 @@ class Attention(nn.Module):
             v.transpose(1, 2),
             1.0 if self.kind == "cosine" else None,
             self.fp8_attention,
+            self.phases,
         )
         return self.out(x.transpose(1, 2).flatten(2))
 
@@ -99,7 +106,7 @@ class PhaseAttention(nn.Module):
         super().__init__()
         self.apart = False  # whether `mix` is called by itself, for whoever watches it
         self.mix = Depthwise(width, 5)
-        self.core = Attention(width, num_heads, "cosine")
+        self.core = Attention(width, num_heads, "cosine", phases=True)
 
     def forward(self, x: Tensor, rope: Tensor | None) -> Tensor:
         if self.apart:

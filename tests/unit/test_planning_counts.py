@@ -9,6 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from parallel import tensor
+from parallel.kernels import gpu
+from parallel.kernels.phases import attention
 from pretrain import config
 from pretrain.models.build import build
 from pretrain.models.dit import DIT_SIZES, DiTConfig, DiTMoEConfig
@@ -64,6 +66,22 @@ def test_multiply_adds_of_every_shipped_config_are_those_of_the_counter(path: Pa
 @pytest.mark.parametrize("name", UNUSUAL)
 def test_multiply_adds_of_unusual_models_are_those_of_the_counter(name: str, form: Form) -> None:
     assert macs.total(UNUSUAL[name], form, 3) == by_counter(UNUSUAL[name], form, 3)
+
+
+def test_attention_in_triton_is_counted_without_what_its_mask_drops(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gpu, "fits", lambda *given: True)
+    cfg = UDiTConfig(**UDIT)  # 16 and 4 tokens a phase in three of the five stages
+    assert by_counter(cfg, "trained", 3) == macs.total(cfg, "trained", 3)
+    given = torch.empty(3, 4, 16, 2, 24, device="meta", requires_grad=True).unbind(0)
+    with FlopCounterMode(display=False) as flops:
+        out = attention(*(t.transpose(1, 2) for t in given))
+        forward = flops.get_total_flops()
+        out.sum().backward()
+    product = 2 * 4 * 2 * 16 * 16 * 24  # of all sets and heads
+    assert forward == 2 * product
+    assert flops.get_total_flops() == (2 + 5) * product  # backward takes the logits again
 
 
 @pytest.mark.slow

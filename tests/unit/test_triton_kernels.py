@@ -15,6 +15,9 @@ from parallel.kernels import gpu, native
 from parallel.kernels.depthwise import mix, split_phases
 from parallel.kernels.heads import cosine_heads
 from parallel.kernels.norm import gated, gated_norm, modulate
+from parallel.kernels.phases import attention
+from pretrain.models.attention import PhaseAttention, rope_table
+from pretrain.models.init import initialise
 
 Tensors = tuple[Tensor, ...]
 needs_triton = pytest.mark.skipif(
@@ -95,6 +98,68 @@ def check_heads() -> None:
             .isnan()
             .all()
         )
+
+
+def phases(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensors:
+    """Of (S, n, nh, hd), as the model calls it."""
+    return (attention(*(t.transpose(1, 2) for t in (q, k, v)), scale).transpose(1, 2),)
+
+
+def check_phases() -> None:
+    cases = [
+        (4, 24, None, torch.float32),  # tokens and channels filled up
+        (9, 20, 1.0, torch.float32),  # sets that start inside a block of 16
+        (16, 48, 1.0, torch.float32),
+        (16, 96, None, torch.float32),
+        (1, 8, None, torch.bfloat16),
+        (4, 24, 1.0, torch.bfloat16),
+        (16, 96, None, torch.bfloat16),
+        (16, 128, None, torch.bfloat16),
+    ]
+    for tokens, size, scale, dtype in cases:
+        torch.manual_seed(0)
+        given = tuple(torch.randn(3, 8, tokens, 3, size, dtype=dtype))
+        compare(lambda *v, scale=scale: phases(*v, scale), given)
+
+
+def check_phases_registered() -> None:
+    torch.manual_seed(0)
+    gpu.in_interpreter = True
+    given = tuple(torch.randn(4, 4, 9, 2, 20))
+    names, checks = torch.ops.dit_pretrain, ("test_schema", "test_faketensor")
+    torch.library.opcheck(names.phase_attention.default, (*given[1:], 1.0), test_utils=checks)
+    backward = names.phase_attention_backward.default
+    torch.library.opcheck(backward, (*given, 1.0), test_utils=checks)
+    # In a compiled graph it is the same kernel.
+    compiled = torch.compile(phases, backend="aot_eager", fullgraph=True)
+    both = (run(way, given[1:], "triton") for way in (phases, compiled))
+    assert all(map(torch.equal, *both))
+
+
+def check_phases_in_the_model() -> None:
+    """The attention of U-DiT reaches the kernel, compiled or not, both ways."""
+    kernels, launched = gpu.kernels("phases"), []
+    launch = kernels.launch
+    kernels.launch = lambda kernel, *a, **k: (launched.append(kernel), launch(kernel, *a, **k))
+    module = PhaseAttention(48, 2)
+    initialise(module, seed=0)
+    rope = rope_table(2, 24)
+    x = torch.randn(2, 4, 4, 48)
+    want = run(lambda x: (module(x, rope),), (x,), "plain")
+    for way in (module, torch.compile(module, backend="aot_eager", fullgraph=True)):
+        launched.clear()
+        got = run(lambda x, way=way: (way(x, rope),), (x,), "triton")
+        assert launched == [kernels._attention, kernels._attention_backward]
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+def check_phases_beyond_a_tile() -> None:
+    """100 tokens an image, or a head of 132 channels: torch's own attention, same bits."""
+    gpu.kernels("phases")
+    for tokens, size in ((25, 8), (4, 132)):
+        given = tuple(torch.randn(3, 4, tokens, 2, size))
+        both = (run(phases, given, way) for way in ("plain", "triton"))
+        assert all(map(torch.equal, *both))
 
 
 def check_depthwise_not_finite() -> None:
