@@ -202,6 +202,16 @@ class AdaLN(nn.Module):
         return out.chunk(self.chunks, dim=-1)
 
 
+def tanh_gelu(x: Tensor) -> Tensor:
+    """GELU by its tanh approximation. Source: Hendrycks and Gimpel, section 2."""
+    if not torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")
+    # perf: 1 + tanh(u) = 2·sigmoid(2u). What the compiler makes of an exp takes half the time.
+    wide = x.float()
+    twice = math.sqrt(8 / math.pi) * (wide + 0.044715 * wide * wide * wide)
+    return (wide * twice.sigmoid()).to(x.dtype)
+
+
 class Mlp(nn.Module):
     """Two linears with tanh-GELU between: the feed-forward of DiT."""
 
@@ -215,7 +225,7 @@ class Mlp(nn.Module):
         self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(self.enter(x)), approximate="tanh"))
+        return self.fc2(tanh_gelu(self.fc1(self.enter(x))))
 
 
 class SwiGLU(nn.Module):
