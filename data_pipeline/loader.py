@@ -29,7 +29,7 @@ from data_pipeline.reader import BadSample, Buffer, Reader, payload_bytes
 from data_pipeline.shards import Manifest, Split, read_index
 
 PLAN = 8192  # sample ids computed at once, at least
-PIECE = 1 << 17  # elements normalised at once: as float32 512 KiB, which a core's cache holds
+PIECE = 1 << 17  # stored elements decoded at once: as float32 512 KiB, which a core's cache holds
 
 
 class LoaderConfig(BaseModel):
@@ -230,28 +230,25 @@ class Loader:
         samples = self._reader.read(ids, variants, buffer)
         raw = torch.from_numpy(buffer.array)
         x = torch.empty((count, *self.info.latent_shape), dtype=torch.float32)
-        if self.info.posterior:
-            self._draw(raw, x, start)
-        else:
-            self._normalise(raw, x)
+        # perf: in pieces, because each of the few passes over a whole batch would go through memory
+        rows = max(1, PIECE // raw[0].numel())
+        for first in range(0, count, rows):
+            piece = x[first : first + rows]
+            self._normalise(raw[first : first + rows], piece, start + first)
         labels = torch.from_numpy(self._index["label"][samples].astype(np.int64))
         return Batch(x, labels, self._slots, samples)
 
-    def _normalise(self, raw: Tensor, x: Tensor) -> None:
-        """x = (raw - shift) * scale into x, piece by piece."""
-        # perf: 0.77 of the time of the whole batch at once, whose passes each go through memory
-        rows = max(1, PIECE // raw[0].numel())
-        for piece, stored in zip(x.split(rows), raw.split(rows), strict=True):
-            piece.copy_(stored).sub_(self._shift).mul_(self._scale)
+    def _normalise(self, raw: Tensor, x: Tensor, start: int) -> None:
+        """x = (raw - shift) * scale into x, of a fresh draw where raw is a posterior.
 
-    def _draw(self, raw: Tensor, x: Tensor, start: int) -> None:
-        """A fresh draw of the posterior into x, row by row, so that a row knows no neighbours.
-
+        Every operation is of one element, so that a row knows no neighbours.
         Source: Kingma and Welling 2014, Eq. 10.
         """
-        normals = draws.Normals(self.seed, start, x[0].numel())
-        for row, moments in zip(x, raw.float(), strict=True):
-            mean, log_variance = moments.chunk(2)
-            noise = torch.from_numpy(normals.next()).view(row.shape)
-            torch.addcmul(mean, torch.exp(log_variance * 0.5), noise, out=row)
-            row.sub_(self._shift).mul_(self._scale)
+        if self.info.posterior:
+            mean, log_variance = raw.float().chunk(2, 1)
+            noise = draws.normals(self.seed, start, len(x), x[0].numel())
+            noise = torch.from_numpy(noise).reshape(x.shape)
+            torch.addcmul(mean, torch.exp(log_variance * 0.5), noise, out=x)
+        else:
+            x.copy_(raw)
+        x.sub_(self._shift).mul_(self._scale)
