@@ -26,22 +26,16 @@ def flips(seed: int, start: int, count: int) -> np.ndarray:
     return (words[:, 0] >> np.uint64(63)).astype(np.int64)
 
 
-class Normals:
-    """Standard normal rows for consecutive positions, one after the other."""
+def normals(seed: int, start: int, count: int, size: int) -> np.ndarray:
+    """Standard normal rows of positions start … start+count-1: (count, size) float32.
 
-    def __init__(self, seed: int, start: int, size: int) -> None:
-        half = -(-size // 2)
-        steps = -(-2 * half // BLOCK)
-        self.size, self.half = size, half
-        self._uniform = np.empty(steps * BLOCK, np.float32)
-        self._stream = _stream(seed, POSTERIOR, start * steps)
-
-    def next(self) -> np.ndarray:
-        """The row of the next position: (size,) float32. Source: Box and Muller 1958.
-
-        Why not the ziggurat: it takes a varying amount of the stream, so rows lose their address.
-        """
-        u = self._stream.random(out=self._uniform, dtype=np.float32)
-        radius = np.sqrt(np.float32(-2) * np.log1p(-u[: self.half]))
-        angle = u[self.half : 2 * self.half] * np.float32(2 * np.pi)
-        return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[: self.size]
+    Why not the ziggurat: it takes a varying amount of the stream, so rows lose their address.
+    Source: Box and Muller 1958.
+    """
+    half = -(-size // 2)
+    steps = -(-2 * half // BLOCK)  # of the counter, a row
+    stream = _stream(seed, POSTERIOR, start * steps)
+    u = stream.random((count, steps * BLOCK), dtype=np.float32)
+    radius = np.sqrt(np.float32(-2) * np.log1p(-u[:, :half]))
+    angle = u[:, half : 2 * half] * np.float32(2 * np.pi)
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], 1)[:, :size]

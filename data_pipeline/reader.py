@@ -7,6 +7,7 @@ import os
 import threading
 import weakref
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,32 +73,21 @@ class Reader:
         """
         ids = ids.copy()
         rows = self.index[ids]
-        shards = rows["shard"]
         every = np.arange(len(ids))
         offsets, crcs = rows["offset"][every, variants], rows["crc"][every, variants]
         # perf: in file order, so that the disk sees rising offsets
-        order = np.lexsort((offsets, shards))
-        plan = zip(
-            order.tolist(),
-            shards[order].tolist(),
-            offsets[order].tolist(),
-            crcs[order].tolist(),
-            strict=True,
-        )
-        views, size, check = out.rows, self._bytes, self.check_crc
-        fds, preadv, crc32 = self._fds, os.preadv, zlib.crc32
-        failed = []
-        for row, shard, offset, crc in plan:
-            view = views[row]
-            try:
-                fd = fds[shard] if shard in fds else self._open(shard)
-                whole = preadv(fd, (view,), offset) == size
-            except OSError:
-                whole = False
-            if not whole or (check and crc32(view) != crc):
-                failed.append(row)
-        for row in sorted(failed):
-            ids[row] = self._replace(int(ids[row]), int(variants[row]), views[row])
+        order = np.lexsort((offsets, rows["shard"]))
+        got = np.zeros(len(ids), np.int64)
+        # Whatever fails here is read once more below, with care.
+        with suppress(OSError):
+            fds = [self._fds.get(n) or self._open(n) for n in rows["shard"][order].tolist()]
+            views = [out.rows[row] for row in order.tolist()]
+            got[order] = list(map(os.preadv, fds, zip(views), offsets[order].tolist()))
+        good = got == self._bytes
+        if self.check_crc:
+            good &= np.fromiter(map(zlib.crc32, out.rows), np.uint32, len(ids)) == crcs
+        for row in np.flatnonzero(~good).tolist():
+            ids[row] = self._replace(int(ids[row]), int(variants[row]), out.rows[row])
         return ids
 
     def _replace(self, sample: int, variant: int, view: memoryview) -> int:

@@ -64,16 +64,15 @@ def test_flips_depend_on_seed_and_position_alone() -> None:
 
 @pytest.mark.parametrize("size", [1, 7, 8, 64, 75])
 def test_normals_depend_on_seed_and_position_alone(size: int) -> None:
-    normals = draws.Normals(3, 50, size)
-    rows = [normals.next() for _ in range(20)]
-    for start in (0, 7, 19):
-        assert (draws.Normals(3, 50 + start, size).next() == rows[start]).all()
+    rows = draws.normals(3, 50, 20, size)
+    for start, count in ((0, 1), (0, 7), (7, 13), (19, 1)):
+        some = draws.normals(3, 50 + start, count, size)
+        assert (some == rows[start : start + count]).all()
     assert len({row.tobytes() for row in rows}) == 20
 
 
 def test_normals_are_normal() -> None:
-    normals = draws.Normals(0, 0, 4096)
-    x = np.concatenate([normals.next() for _ in range(30)]).astype(np.float64)
+    x = draws.normals(0, 0, 30, 4096).reshape(-1).astype(np.float64)
     moments = [x.mean(), x.var(), (x**3).mean(), (x**4).mean()]
     assert np.allclose(moments, [0, 1, 0, 3], atol=0.06)
     assert abs(np.corrcoef(x[:-1], x[1:])[0, 1]) < 0.01

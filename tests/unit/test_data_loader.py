@@ -112,6 +112,28 @@ def test_a_resumed_loader_goes_on_as_if_never_stopped(stored: Path) -> None:
         )
 
 
+def test_the_pieces_in_which_a_batch_is_decoded_leave_no_trace(
+    stored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = take(stored, 4)
+    stored_elements = int(np.prod(Manifest.load(stored).stored_shape))
+    for rows in (1, 7, 24):
+        monkeypatch.setattr("data_pipeline.loader.PIECE", rows * stored_elements)
+        assert all(same(a, b) for (a, _), (b, _) in zip(whole, take(stored, 4), strict=True))
+
+
+def test_workers_leave_the_threads_of_torch_alone(stored: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        cfg = LoaderConfig(path=str(stored), global_batch=24, workers=1)
+        with Loader(cfg, 0, 1, seed=0) as loader:
+            assert loader._pool.submit(torch.get_num_threads).result() == 1
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_what_is_passed_over_is_not_read_and_all_else_is_as_it_was(stored: Path) -> None:
     whole = take(stored, 60)
     cursor = Cursor().pass_over((48, 96)).pass_over((24 * 40, 24 * 45))
@@ -238,9 +260,12 @@ def test_a_truncated_tar_is_refused_before_the_start(copy: Path) -> None:
         fit(copy)
 
 
-def test_bad_samples_are_replaced_alike_on_every_rank(copy: Path) -> None:
+@pytest.mark.parametrize("deleted", [False, True])
+def test_bad_samples_are_replaced_alike_on_every_rank(copy: Path, deleted: bool) -> None:
     clean = take(copy, 10)
-    lost = cut(copy, 60_000)
+    lost = cut(copy, 0 if deleted else 60_000)
+    if deleted:
+        (copy / "train-000001.tar").unlink()
     whole = take(copy, 10, max_bad=lost)
     cfg = LoaderConfig(path=str(copy), global_batch=24, max_bad=lost)
     parts = []
