@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from parallel.kernels import gpu, native
+from parallel.kernels.operators import fake, operator
 
 KERNEL = 5
 _ONE, _PAD = (1, 1), (KERNEL // 2, KERNEL // 2)
@@ -59,7 +60,7 @@ class _Mix(torch.autograd.Function):
         return of_x, of_weight, of_bias, None, None
 
 
-@torch.library.custom_op("dit_pretrain::mix", mutates_args=())
+@operator("mix")
 def _mix(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, split: bool) -> Tensor:
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     if gpu.fits(x, weight, bias):
@@ -71,7 +72,7 @@ def _mix(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, split: bool) -> Te
     return out
 
 
-@torch.library.custom_op("dit_pretrain::mix_backward", mutates_args=())
+@operator("mix_backward")
 def _mix_backward(
     grad: Tensor, x: Tensor, weight: Tensor, gelu: bool, split: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,12 +89,12 @@ def _mix_backward(
     return results
 
 
-@_mix.register_fake
+@fake("mix")
 def _(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, split: bool) -> Tensor:
     return x.new_empty(_shape(x, split))
 
 
-@_mix_backward.register_fake
+@fake("mix_backward")
 def _(
     grad: Tensor, x: Tensor, weight: Tensor, gelu: bool, split: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,14 +20,17 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 
 def fits(*tensors: Tensor | None) -> bool:
-    """Whether a Triton kernel takes these: float32 or bfloat16, contiguous, on a GPU."""
+    """Whether a Triton kernel takes these: contiguous, and as `takes`."""
+    return all(t is None or t.is_contiguous() for t in tensors) and takes(*tensors)
+
+
+def takes(*tensors: Tensor | None) -> bool:
+    """Whether they are float32 or bfloat16 and on a GPU."""
     kind = "cpu" if in_interpreter and os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
     for tensor in tensors:
         if tensor is None:
             continue
         if tensor.device.type != kind or tensor.dtype not in _DTYPES:
-            return False
-        if not tensor.is_contiguous():
             return False
     return _there()
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.kernels import gpu, native
+from parallel.kernels.operators import fake, operator
 
 _WIDEST = 512  # channels of a head, as in heads.c
 _ROWS = 64  # as in heads.c
@@ -76,7 +77,7 @@ def _fits(*given: Tensor | None) -> bool:
     return given[0].shape[-1] <= _WIDEST and native.fits(*given)  # type: ignore[union-attr]
 
 
-@torch.library.custom_op("dit_pretrain::cosine_heads", mutates_args=())
+@operator("cosine_heads")
 def _heads(x: Tensor, table: Tensor | None, scale: Tensor | None) -> Tensor:
     x = x.contiguous()
     if table is not None and x.shape[-1] <= _WIDEST and gpu.fits(x, table, scale):
@@ -90,7 +91,7 @@ def _heads(x: Tensor, table: Tensor | None, scale: Tensor | None) -> Tensor:
     return out
 
 
-@torch.library.custom_op("dit_pretrain::cosine_heads_backward", mutates_args=())
+@operator("cosine_heads_backward")
 def _heads_backward(
     grad: Tensor, x: Tensor, table: Tensor | None, scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -115,12 +116,12 @@ def _heads_backward(
     return of_x, of_scale
 
 
-@_heads.register_fake
+@fake("cosine_heads")
 def _(x: Tensor, table: Tensor | None, scale: Tensor | None) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@_heads_backward.register_fake
+@fake("cosine_heads_backward")
 def _(grad: Tensor, x: Tensor, table: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     of_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     return of_x, torch.empty(x.shape[2], dtype=torch.float32, device=x.device)

@@ -32,29 +32,34 @@ _FLAGS = (
 
 
 def fits(*tensors: Tensor | None) -> bool:
-    """Whether a C kernel takes these: float32, contiguous, on a CPU whose kernels compiled."""
+    """Whether a C kernel takes these: contiguous, and as `takes`."""
+    return all(t is None or t.is_contiguous() for t in tensors) and takes(*tensors)
+
+
+def takes(*tensors: Tensor | None) -> bool:
+    """Whether they are float32 and on a CPU whose kernels compiled."""
     for tensor in tensors:
         if tensor is None:
             continue
         if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
-            return False
-        if not tensor.is_contiguous():
             return False
     return library() is not None
 
 
 def call(name: str, *args: Tensor | int | float | None) -> None:
     """Runs a C kernel on tensors, sizes and numbers, on torch's threads."""
-    given = [_as_c(arg) for arg in args]
-    getattr(library(), name)(*given, ctypes.c_int(torch.get_num_threads()))
+    function = getattr(library(), name)
+    if function.argtypes is None:
+        function.argtypes = [*map(_kind, args), ctypes.c_int]
+    given = (arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args)
+    function(*given, torch.get_num_threads())
 
 
-def _as_c(arg: Tensor | int | float | None) -> Any:
-    if arg is None:
-        return ctypes.c_void_p(None)
-    if isinstance(arg, Tensor):
-        return ctypes.c_void_p(arg.data_ptr())
-    return ctypes.c_float(arg) if isinstance(arg, float) else ctypes.c_long(arg)
+def _kind(arg: Tensor | int | float | None) -> Any:
+    """What C takes for an argument; the same at every call."""
+    if arg is None or isinstance(arg, Tensor):
+        return ctypes.c_void_p
+    return ctypes.c_float if isinstance(arg, float) else ctypes.c_long
 
 
 @lru_cache(maxsize=1)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from parallel.kernels import gpu, native
 from parallel.kernels.depthwise import join_phases, split_phases
+from parallel.kernels.operators import fake, operator
 
 EPS = 1e-6
 _WIDEST = 8192  # channels that a program of triton_norm.py holds
@@ -127,7 +128,7 @@ def _wide(vector: Tensor, ndim: int) -> Tensor:
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:
     """Images, tokens of an image, channels."""
-    return x.shape[0], x[0, ..., 0].numel(), x.shape[-1]
+    return x.shape[0], x.numel() // (x.shape[0] * x.shape[-1]), x.shape[-1]
 
 
 def _rows(*vectors: Tensor) -> tuple[Tensor, ...]:
@@ -138,14 +139,14 @@ def _rows(*vectors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _fits(tokens: tuple[Tensor, ...], vectors: tuple[Tensor, ...]) -> bool:
-    return native.fits(*tokens, *(v[:1] for v in vectors))
+    return native.fits(*tokens) and native.takes(*vectors)
 
 
 def _fits_gpu(tokens: tuple[Tensor, ...], vectors: tuple[Tensor, ...]) -> bool:
-    return tokens[0].shape[-1] <= _WIDEST and gpu.fits(*tokens, *(v[:1] for v in vectors))
+    return gpu.fits(*tokens) and gpu.takes(*vectors) and tokens[0].shape[-1] <= _WIDEST
 
 
-@torch.library.custom_op("dit_pretrain::norm", mutates_args=())
+@operator("norm")
 def norm(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x: (B, ..., C); shift, scale: (B, C). Returns h, and mean and rstd (B, ..., 1) float32."""
     x, (shift, scale) = x.contiguous(), _rows(shift, scale)
@@ -162,7 +163,7 @@ def norm(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tenso
     return h, mean, rstd
 
 
-@torch.library.custom_op("dit_pretrain::norm_backward", mutates_args=())
+@operator("norm_backward")
 def norm_backward(
     grad: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -183,7 +184,7 @@ def norm_backward(
     return of_x, grads[:, 1:].contiguous()
 
 
-@torch.library.custom_op("dit_pretrain::gated", mutates_args=())
+@operator("gated")
 def _gated_op(x: Tensor, out: Tensor, gate: Tensor) -> Tensor:
     x, out, (gate,) = x.contiguous(), out.contiguous(), _rows(gate)
     if _fits_gpu((x, out), (gate,)):
@@ -198,7 +199,7 @@ def _gated_op(x: Tensor, out: Tensor, gate: Tensor) -> Tensor:
     return x1
 
 
-@torch.library.custom_op("dit_pretrain::gated_backward", mutates_args=())
+@operator("gated_backward")
 def _gated_backward(grad: Tensor, out: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of out and of gate, the second (B, C) float32."""
     grad, out, (gate,) = grad.contiguous(), out.contiguous(), _rows(gate)
@@ -216,7 +217,7 @@ def _gated_backward(grad: Tensor, out: Tensor, gate: Tensor) -> tuple[Tensor, Te
     return of_out, of_gate
 
 
-@torch.library.custom_op("dit_pretrain::gated_norm", mutates_args=())
+@operator("gated_norm")
 def _gated_norm_op(
     x: Tensor, out: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, phases: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -236,7 +237,7 @@ def _gated_norm_op(
     return x1, h, mean, rstd
 
 
-@torch.library.custom_op("dit_pretrain::gated_norm_backward", mutates_args=())
+@operator("gated_norm_backward")
 def _gated_norm_backward(
     grad_x1: Tensor,
     grad_h: Tensor,
@@ -312,35 +313,35 @@ def _plain_norm_backward(
     return to_x.to(x.dtype), to_shift.to(scale.dtype), to_scale.to(scale.dtype)
 
 
-@norm.register_fake
+@fake("norm")
 def _(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _like(x, shift)
 
 
-@norm_backward.register_fake
+@fake("norm_backward")
 def _(grad: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     grads, _ = _room(x)
     return torch.empty_like(x), grads[:, 1:].contiguous()
 
 
-@_gated_op.register_fake
+@fake("gated")
 def _(x: Tensor, out: Tensor, gate: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-@_gated_backward.register_fake
+@fake("gated_backward")
 def _(grad: Tensor, out: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(out), torch.empty_like(gate, dtype=torch.float32)
 
 
-@_gated_norm_op.register_fake
+@fake("gated_norm")
 def _(
     x: Tensor, out: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, phases: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.empty_like(x), *_like(x, shift)
 
 
-@_gated_norm_backward.register_fake
+@fake("gated_norm_backward")
 def _(
     grad_x1: Tensor,
     grad_h: Tensor,

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import (
 )
 
 from parallel.kernels import gpu
+from parallel.kernels.operators import fake, operator
 
 # Tokens of an image. why: a tile of 128, for 10×10 pixels, has as many logits as four of 64.
 _MOST = 64
@@ -63,14 +64,14 @@ class _Attention(torch.autograd.Function):
         return *torch.ops.dit_pretrain.phase_attention_backward(*given), None
 
 
-@torch.library.custom_op("dit_pretrain::phase_attention", mutates_args=())
+@operator("phase_attention")
 def _attention(q: Tensor, k: Tensor, v: Tensor, factor: float) -> Tensor:
     """q, k, v: (S, n, nh, hd) -> the same."""
     given = (t.contiguous() for t in (q, k, v))
     return gpu.kernels("phases").attention(*given, factor)
 
 
-@torch.library.custom_op("dit_pretrain::phase_attention_backward", mutates_args=())
+@operator("phase_attention_backward")
 def _attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, factor: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,12 +80,12 @@ def _attention_backward(
     return gpu.kernels("phases").attention_backward(*given, factor)
 
 
-@_attention.register_fake
+@fake("phase_attention")
 def _(q: Tensor, k: Tensor, v: Tensor, factor: float) -> Tensor:
     return q.new_empty(q.shape)
 
 
-@_attention_backward.register_fake
+@fake("phase_attention_backward")
 def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, factor: float
 ) -> tuple[Tensor, Tensor, Tensor]:
