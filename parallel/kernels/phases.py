@@ -31,23 +31,24 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     for transposed views of (S, n, nh, hd), and so is the result. There one number that is not
     finite spoils its head in all four sets of the image.
     """
+    if not fits(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
     # why: the kernel reads and writes (S, n, nh, hd) as it lies, so that nothing is copied.
     given = [t.transpose(1, 2) for t in (q, k, v)]
-    if not _fits(*given):
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     return _Attention.apply(*given, factor).transpose(1, 2)
 
 
-def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    sets, tokens, _, size = q.shape
+def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the one tile takes these. q, k, v: (S, nh, n, hd)."""
+    sets, _, tokens, size = q.shape
     return (
         sets % 4 == 0
         and 4 * tokens <= _MOST
         and size <= _WIDEST
         and q.shape == k.shape == v.shape
         and q.dtype == k.dtype == v.dtype
-        and gpu.fits(q, k, v)
+        and gpu.fits(*(t.transpose(1, 2) for t in (q, k, v)))
     )
 
 

@@ -1,4 +1,4 @@
-"""Attention of each kind of block of a model, by each kernel that torch has for it, both ways.
+"""Attention of each kind of block of a model, by each kernel there is for it, both ways.
 
 pretrain bench attention configs/udit_l_in256.yaml --images 8
 """
@@ -14,12 +14,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from parallel import launch
+from parallel.kernels import phases
 from pretrain.benches.record import record
 from pretrain.models.build import ModelConfig
 from pretrain.models.udit import STAGES, UDiTConfig
 
-_KERNELS = {
+_TILE = None  # ours, of all phase grids of a small image
+_KERNELS: dict[str, dict[str, SDPBackend | None]] = {
     "cuda": {
+        "one tile": _TILE,
         "flash": SDPBackend.FLASH_ATTENTION,
         "cudnn": SDPBackend.CUDNN_ATTENTION,
         "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -58,7 +61,7 @@ def shapes(cfg: ModelConfig) -> list[Shape]:
 def attention(cfg: ModelConfig, images: int, rounds: int) -> dict[str, Any]:
     """Seconds and TFLOP/s of each kernel at each shape, medians of interleaved rounds.
 
-    A kernel that does not take a shape has no seconds, and `why` says what torch said.
+    A kernel that does not take a shape has no seconds, and `why` says what it said.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -112,19 +115,26 @@ def _timed(
 
 
 def _both_ways(
-    shape: Shape, images: int, kernel: SDPBackend, device: torch.device, dtype: torch.dtype
+    shape: Shape, images: int, kernel: SDPBackend | None, device: torch.device, dtype: torch.dtype
 ) -> Callable[[], None]:
-    size = (images * shape.sets, shape.heads, shape.tokens, shape.head_dim)
+    size = (images * shape.sets, shape.tokens, shape.heads, shape.head_dim)  # as linears give them
     draws = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(size, generator=draws).to(device, dtype).requires_grad_() for _ in range(3)
     )
-    grad = torch.ones(size, device=device, dtype=dtype)
+    grad = torch.ones(size, device=device, dtype=dtype).transpose(1, 2)
+
+    def attend() -> Tensor:
+        queries, keys, values = (t.transpose(1, 2) for t in (q, k, v))
+        if kernel is not _TILE:
+            with sdpa_kernel(kernel):
+                return F.scaled_dot_product_attention(queries, keys, values)
+        if shape.sets != 4 or not phases.fits(queries, keys, values):
+            raise RuntimeError("one tile takes the four phase grids of at most 64 tokens")
+        return phases.attention(queries, keys, values)
 
     def work() -> None:
-        with sdpa_kernel(kernel):
-            out: Tensor = F.scaled_dot_product_attention(q, k, v)
-        out.backward(grad)
+        attend().backward(grad)
         q.grad = k.grad = v.grad = None
 
     return work
