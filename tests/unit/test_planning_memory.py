@@ -158,7 +158,6 @@ SLOW = (
     ("dit-moe", 2, "engine=zero2 precision=bf16"),
 )
 OTHERS = (  # in the table only
-    # 12 % too little: oneDNN's depthwise backward in bf16 needs 5.7 MB here for its own layout
     ("udit-moe", 2, "mesh.ep=2 remat.mode=selective precision=bf16"),
     ("dit", 1, "remat.mode=full"),
     ("udit", 2, ""),
