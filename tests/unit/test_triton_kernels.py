@@ -50,15 +50,16 @@ def compare(function: Callable[..., Tensors], given: Tensors) -> None:
 
 
 def check_depthwise() -> None:
-    gpu.kernels("depthwise")._RUN = 16  # so that images of 6·6 have several
+    # Fewer rows a program than images have, so that they end inside and between runs.
+    gpu.kernels("depthwise")._ROWS = {"mix": 6, "of_weight": 6}
     cases = [
-        (1, 4, 20, False, False, torch.float32),
-        (2, 6, 20, True, True, torch.float32),
-        (1, 4, 96, False, True, torch.bfloat16),
+        (1, (3, 5), 20, False, False, torch.float32),
+        (3, (8, 6), 20, True, True, torch.float32),  # two turns; strips beyond images and batch
+        (1, (2, 8), 68, False, True, torch.bfloat16),
     ]
     for images, size, channels, gelu, split, dtype in cases:
         torch.manual_seed(0)
-        x = torch.randn(images, size, size, channels, dtype=dtype)
+        x = torch.randn(images, *size, channels, dtype=dtype)
         weight = (torch.randn(channels, 1, 5, 5) / 5).to(dtype)
         given = (x, weight, torch.randn(channels, dtype=dtype))
 
@@ -163,14 +164,25 @@ def check_phases_beyond_a_tile() -> None:
 
 
 def check_depthwise_not_finite() -> None:
+    """They reach their neighbours only; outside the image they meet nothing, not zeros."""
     gpu.in_interpreter = True
     native.library = lambda: None  # type: ignore[assignment]
     x, weight, bias = torch.randn(1, 4, 4, 20), torch.ones(20, 1, 5, 5), torch.zeros(20)
+    weight[19, 0, 0, 0] = float("inf")  # of the pixel two rows and two columns before
+    weight.requires_grad_()
     for bad, gelu in ((float("nan"), True), (float("inf"), False)):
         x[0, 1, 1, 17] = bad
+        x[0, 0, 3, 18] = bad
         y = mix(x, weight, bias, gelu=gelu)
         assert not y[0, 1, 1, 17].isfinite()
         assert y[..., :17].isfinite().all()
+        assert torch.cat([y[0, 3, :, 18], y[0, :, 0, 18]]).isfinite().all()
+        reached = ~y[0, ..., 19].isfinite()
+        assert (reached[2:, 2:].sum(), reached.sum()) == (4, 4)
+    of_weight = torch.autograd.grad(y.sum(), weight)[0]
+    reached = ~of_weight[18, 0].isfinite()  # by taps that bring row 0, column 3 into the image
+    assert (reached[:3, 2:].sum(), reached.sum()) == (9, 9)
+    assert of_weight[:17].isfinite().all()
 
 
 @needs_triton
