@@ -3,8 +3,7 @@
 A program walks down the rows of some strips, each four columns of one image, with a block of their
 channels. It reads eight columns of a row once, and adds them to all that they touch: the sums of
 five rows, or of 25 taps. Columns, sums and taps are tuples of tiles (strips, channels), so that
-they stay in registers. H, W and C are known when it is compiled, so that places are constants
-beside one pointer a strip. Sums are float32. The gradient of `a` is the same kernel with the taps
+they stay in registers. Sums are float32. The gradient of `a` is the same kernel with the taps
 turned round. Source: arithmetic.
 """
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from parallel.kernels.triton_pieces import launch, sums
 
 _TAPS = 25
-_ROWS = {"mix": 16, "of_weight": 36}  # most that a program walks; with four around them, fives
+_ROWS = 16  # most that a program walks; with the four around them, fives
 _TOGETHER = 16  # rows, of several images if need be, whose gradients of taps one program adds
 _STRIPS, _CHANNELS = 4, 64  # perf: a warp a strip, two channels a thread: all fits its registers
 
@@ -33,8 +32,8 @@ def mix(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, split: bool) -> Ten
     a = F.gelu(x) if gelu else x
     taps = weight.view(channels, _TAPS).t().contiguous()
     flags = {"split_in": False, "split_out": split, "has_bias": True, "slope": False}
-    strips, grid, sizes = _plan(x.shape, "mix")
-    launch(_mix5, grid, a, taps, bias, x, out, strips, **sizes, **flags)
+    sizes, grid, kinds = _plan(x.shape)
+    launch(_mix5, grid, a, taps, bias, x, out, *sizes, **kinds, **flags)
     return out
 
 
@@ -46,33 +45,38 @@ def mix_backward(
     of_x, a = torch.empty_like(x), F.gelu(x) if gelu else x
     taps = weight.view(channels, _TAPS).t().flip(0).contiguous()
     flags = {"split_in": split, "split_out": False, "has_bias": False, "slope": gelu}
-    strips, grid, sizes = _plan(x.shape, "mix")
-    launch(_mix5, grid, grad, taps, taps, x, of_x, strips, **sizes, **flags)
+    sizes, grid, kinds = _plan(x.shape)
+    launch(_mix5, grid, grad, taps, taps, x, of_x, *sizes, **kinds, **flags)
     turns = triton.cdiv(_TOGETHER, x.shape[1])
-    strips, grid, sizes = _plan(x.shape, "of_weight", turns)
+    sizes, grid, kinds = _plan(x.shape, turns)
     many = grid[0] * grid[2]
     parts = torch.empty((many, _TAPS + 1, channels), dtype=torch.float32, device=x.device)
-    launch(_of_weight, grid, grad, a, parts, strips, **sizes, split=split, turns=turns)
+    launch(_of_weight, grid, grad, a, parts, *sizes, turns, **kinds, split=split)
     total = sums(parts.view(1, many, -1)).view(_TAPS + 1, channels).to(weight.dtype)
     return of_x, total[:_TAPS].t().contiguous().view(weight.shape), total[_TAPS].clone()
 
 
 def _plan(
-    shape: torch.Size, kernel: str, turns: int = 1
-) -> tuple[int, tuple[int, ...], dict[str, Any]]:
-    """Strips, the grid over (strips, channels, rows), and what a kernel is compiled for."""
+    shape: torch.Size, turns: int = 1
+) -> tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]:
+    """Strips, height, width and channels; the grid over (strips, channels, rows); and what a kernel
+    is compiled for: as little as can be, because it takes seconds.
+    """
     batch, height, width, channels = shape
-    rows = min(_ROWS[kernel], triton.cdiv(height + 4, 5) * 5 - 4)
+    rows = min(_ROWS, triton.cdiv(height + 4, 5) * 5 - 4)
     strips = batch * triton.cdiv(width, 4)
     steps = (turns * _STRIPS, _CHANNELS, rows)
     grid = tuple(map(triton.cdiv, (strips, channels, height), steps))
-    sizes = {"height": height, "width": width, "channels": channels, "rows": rows}
-    sizes |= {"block_s": _STRIPS, "block_c": _CHANNELS}
+    kinds = {"rows": rows, "whole": width % 4 == 0, "block_s": _STRIPS, "block_c": _CHANNELS}
     # perf: Triton's default from 3.10, no fusion, makes two instructions of a tap.
-    return strips, grid, sizes | {"enable_fp_fusion": True}
+    return (strips, height, width, channels), grid, kinds | {"enable_fp_fusion": True}
 
 
-@triton.jit
+# Not for one height each: only what decides how values are loaded is looked at.
+_any = ["strips", "height", "width"]
+
+
+@triton.jit(do_not_specialize=_any)
 def _mix5(
     a,
     taps,
@@ -80,20 +84,21 @@ def _mix5(
     x,
     out,
     strips,
-    height: tl.constexpr,
-    width: tl.constexpr,
-    channels: tl.constexpr,
+    height,
+    width,
+    channels,
     split_in: tl.constexpr,
     split_out: tl.constexpr,
     has_bias: tl.constexpr,
     slope: tl.constexpr,
     rows: tl.constexpr,
+    whole: tl.constexpr,
     block_s: tl.constexpr,
     block_c: tl.constexpr,
 ):
     strip = (tl.program_id(0) * block_s + tl.arange(0, block_s))[:, None]
     channel = (tl.program_id(1) * block_c + tl.arange(0, block_c))[None, :]
-    inside, some = _inside(strip, strips, width), channel < channels
+    inside, some = _inside(strip, strips, width, whole), channel < channels
     start = tl.zeros((block_s, block_c), dtype=tl.float32)
     own = channel + tl.zeros((block_s, block_c), dtype=tl.int32)  # each warp loads its own taps
     if has_bias:
@@ -121,7 +126,7 @@ def _mix5(
                     x, row - 2, first, last, inside, some, 0, 4, height, width, channels, False
                 )
             if (row >= 0) & (row < height):
-                totals = _spread(totals, values, weights, inside, width)
+                totals = _spread(totals, values, weights, inside, whole)
             if (row - 2 >= first) & (row - 2 < last):
                 to = _places(out, row - 2, 0, 4, height, width, channels, split_out)
                 for p in tl.static_range(4):
@@ -133,7 +138,7 @@ def _mix5(
 
 
 @triton.jit
-def _spread(totals, values, weights, inside, width: tl.constexpr):
+def _spread(totals, values, weights, inside, whole: tl.constexpr):
     """Adds eight columns of a row to the totals of five rows, each through its row of taps."""
     new = ()
     for row in tl.static_range(5):
@@ -142,7 +147,7 @@ def _spread(totals, values, weights, inside, width: tl.constexpr):
             for j in tl.static_range(5):
                 more = total + values[p + j] * weights[(4 - row) * 5 + j]
                 # why: outside the image nothing is added, not 0 times a weight that is not finite.
-                if width % 4 == 0 and p + j >= 2 and p + j < 6:
+                if whole and p + j >= 2 and p + j < 6:
                     total = more
                 else:
                     total = tl.where(inside[p + j], more, total)
@@ -150,18 +155,19 @@ def _spread(totals, values, weights, inside, width: tl.constexpr):
     return new
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_any, "turns"])
 def _of_weight(
     grad,
     a,
     parts,
     strips,
-    height: tl.constexpr,
-    width: tl.constexpr,
-    channels: tl.constexpr,
+    height,
+    width,
+    channels,
+    turns,
     split: tl.constexpr,
-    turns: tl.constexpr,
     rows: tl.constexpr,
+    whole: tl.constexpr,
     block_s: tl.constexpr,
     block_c: tl.constexpr,
 ):
@@ -174,7 +180,7 @@ def _of_weight(
     begin = tl.program_id(0) * turns
     for turn in range(begin, tl.minimum(begin + turns, tl.cdiv(strips, block_s))):
         strip = (turn * block_s + tl.arange(0, block_s))[:, None]
-        inside = _inside(strip, strips, width)
+        inside = _inside(strip, strips, width, whole)
         of_y = _base(grad, strip, channel[None, :], height, width, channels, split)
         near = _base(a, strip, channel[None, :], height, width, channels, False)
         below = _read(of_y, first, first, last, inside, some, 0, 4, height, width, channels, split)
@@ -200,7 +206,7 @@ def _of_weight(
                         five, at = totals[i * 5 : i * 5 + 5], row + 2 - i
                         if (at >= first) & (at < last):
                             four = grads[16 - i * 4 : 20 - i * 4]
-                            five = _products(five, values, four, inside, width)
+                            five = _products(five, values, four, inside, whole)
                         new = new + five
                     totals = new
     part = tl.program_id(0) * tl.num_programs(2) + tl.program_id(2)
@@ -211,14 +217,14 @@ def _of_weight(
 
 
 @triton.jit
-def _products(totals, values, grads, inside, width: tl.constexpr):
+def _products(totals, values, grads, inside, whole: tl.constexpr):
     """Adds four columns of gradients, times what they meet, to the totals of a row of five taps."""
     new = ()
     for j in tl.static_range(5):
         total = totals[j]
         for p in tl.static_range(4):
             more = total + values[p + j] * grads[p]
-            if width % 4 == 0 and p + j >= 2 and p + j < 6:
+            if whole and p + j >= 2 and p + j < 6:
                 total = more
             else:
                 total = tl.where(inside[p + j] & inside[p + 2], more, total)
@@ -227,9 +233,9 @@ def _products(totals, values, grads, inside, width: tl.constexpr):
 
 
 @triton.jit
-def _inside(strip, strips, width: tl.constexpr):
+def _inside(strip, strips, width, whole: tl.constexpr):
     """Whether columns -2 to 5 of a strip are in the image, (strips, 1) each."""
-    column, step = strip % ((width + 3) // 4) * 4, 4 if width % 4 == 0 else 1
+    column, step = strip % ((width + 3) // 4) * 4, 4 if whole else 1
     inside = ()
     for j in tl.static_range(-2, 6):
         near = column + j // step * step  # fewer conditions where the image ends with a strip
@@ -238,11 +244,9 @@ def _inside(strip, strips, width: tl.constexpr):
 
 
 @triton.jit
-def _base(
-    start, strip, channel, height: tl.constexpr, width: tl.constexpr, channels: tl.constexpr, split
-):
+def _base(start, strip, channel, height, width, channels, split):
     """Row 0 and column 0 of strips; within an image offsets are of 32 bits."""
-    across: tl.constexpr = (width + 3) // 4
+    across = (width + 3) // 4
     image = (strip // across).to(tl.int64) * (height * width * channels)
     return start + image + strip % across * ((2 if split else 4) * channels) + channel
 
@@ -253,9 +257,9 @@ def _places(
     row,
     begin: tl.constexpr,
     end: tl.constexpr,
-    height: tl.constexpr,
-    width: tl.constexpr,
-    channels: tl.constexpr,
+    height,
+    width,
+    channels,
     split: tl.constexpr,
 ):
     """Of columns begin to end of a row, in phase grids if split, as triton_pieces.place."""
@@ -280,9 +284,9 @@ def _read(
     some,
     begin: tl.constexpr,
     end: tl.constexpr,
-    height: tl.constexpr,
-    width: tl.constexpr,
-    channels: tl.constexpr,
+    height,
+    width,
+    channels,
     split: tl.constexpr,
 ):
     """Columns begin to end of a row; zeros outside the image and beyond rows low to high."""

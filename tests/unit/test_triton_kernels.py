@@ -51,7 +51,7 @@ def compare(function: Callable[..., Tensors], given: Tensors) -> None:
 
 def check_depthwise() -> None:
     # Fewer rows a program than images have, so that they end inside and between runs.
-    gpu.kernels("depthwise")._ROWS = {"mix": 6, "of_weight": 6}
+    gpu.kernels("depthwise")._ROWS = 6
     cases = [
         (1, (3, 5), 20, False, False, torch.float32),
         (3, (8, 6), 20, True, True, torch.float32),  # two turns; strips beyond images and batch
