@@ -48,10 +48,12 @@ INLINE void fill(const mix_t *m, float *ring, const float *from, int split, long
         memset(ring + slot, 0, sizeof(float) * across * SLICE);
         return;
     }
-    long pixels = m->height * m->width;
+    from += image * m->height * m->width * m->channels + first;
+    long below = row + 1 < m->height ? row + 1 : row;
     for (long column = 0; column < m->width; column++) {
-        const float *at = from + (image * pixels + place(m, split, row, column)) * m->channels + first;
-        const float *next = row + 1 < m->height ? from + (image * pixels + place(m, split, row + 1, column)) * m->channels + first : at;
+        const float *at = from + place(m, split, row, column) * m->channels;
+        /* perf: the next row is on its way while this one is worked on, a cache line a time */
+        const float *next = from + place(m, split, below, column) * m->channels;
         for (long c = 0; c < count; c += 16) __builtin_prefetch(next + c);
         for (long c = 0; c < count; c += LANES) {
             long to = slot + c * across + (PAD + column) * LANES;

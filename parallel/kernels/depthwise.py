@@ -1,7 +1,8 @@
 """Depthwise 5×5 with its shortcut on channels-last tokens, after a GELU if asked: y = a + w∗a + b.
 
 Where U-DiT mixes neighbours. One pass over memory forward and one backward; of what it reads only
-x is kept. In C for float32 on a CPU, in Triton on a GPU; else plain torch operators.
+x is kept. In C on a CPU, bfloat16 by way of float32, and in Triton on a GPU; else plain torch
+operators.
 """
 
 from typing import Any
