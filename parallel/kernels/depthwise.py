@@ -67,7 +67,7 @@ def _mix(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, split: bool) -> Te
     if gpu.fits(x, weight, bias):
         return gpu.kernels("depthwise").mix(x, weight, bias, gelu, split)
     if _widens(x):
-        return _mix(*(t.float() for t in (x, weight, bias)), gelu, split).to(x.dtype)
+        return _mix(x.float(), weight.float(), bias.float(), gelu, split).to(x.dtype)
     if not native.fits(x, weight, bias):
         return _plain(x, weight, bias, gelu, split)
     out = x.new_empty(_shape(x, split))
@@ -83,8 +83,8 @@ def _mix_backward(
     if gpu.fits(grad, x, weight):
         return gpu.kernels("depthwise").mix_backward(grad, x, weight, gelu, split)
     if _widens(x):
-        wide = _mix_backward(*(t.float() for t in (grad, x, weight)), gelu, split)
-        return tuple(t.to(x.dtype) for t in wide)  # type: ignore[return-value]
+        wide = _mix_backward(grad.float(), x.float(), weight.float(), gelu, split)
+        return wide[0].to(x.dtype), wide[1].to(x.dtype), wide[2].to(x.dtype)
     if not native.fits(grad, x, weight):
         return _plain_backward(grad, x, weight, gelu, split)
     of_x, of_weight = torch.empty_like(x), torch.empty_like(weight)
