@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 _HERE = Path(__file__).parent
-_SOURCES = ("lanes.c", "depthwise.c", "norm.c", "heads.c")
+_SOURCES = ("lanes.c", "depthwise.c", "norm.c", "heads.c", "swiglu.c")
 _HEADERS = ("lanes.h",)
 # why: no -ffast-math. Sums keep their order, and what is not finite stays so.
 _FLAGS = (

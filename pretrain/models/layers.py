@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from parallel.fp8.linear import linear
 from parallel.fp8.product import Product
 from parallel.kernels.norm import EPS, gated, gated_norm, modulate
+from parallel.kernels.swiglu import swiglu
 from parallel.tensor import Plan, part
 from pretrain.models.init import Fill, Init, Normal, Table, Xavier, Zero, xavier_conv
 from pretrain.models.moe import MoE, Routing
@@ -248,7 +249,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.enter(x)
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(swiglu(self.gate(x), self.up(x)))
 
 
 class Block(nn.Module):

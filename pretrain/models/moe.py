@@ -17,6 +17,7 @@ from parallel.dispatch import Dispatcher, Exact
 from parallel.experts import Picks, count_picks, take
 from parallel.fp8.grouped import grouped
 from parallel.fp8.product import Product
+from parallel.kernels.swiglu import swiglu
 from parallel.tensor import part
 from pretrain.models.init import Fill, Init, Uniform, Xavier, Zero
 
@@ -177,8 +178,8 @@ class Experts(nn.Module):
         """
         gate, up, down = (part(w, rows.dtype) for w in (self.gate, self.up, self.down))
         fp8 = self.fp8.get
-        hidden = F.silu(grouped(rows, gate, counts, fp8("gate")))
-        hidden = hidden * grouped(rows, up, counts, fp8("up"))
+        opened = grouped(rows, gate, counts, fp8("gate"))
+        hidden = swiglu(opened, grouped(rows, up, counts, fp8("up")))
         return grouped(hidden, down, counts, fp8("down"))
 
 

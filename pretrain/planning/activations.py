@@ -113,7 +113,7 @@ def _dense(site: Site, sizes: Sizes) -> Iterator[Tensor]:
             yield last
         case "swiglu":
             yield Tensor("gate and up", 2 * inner, product=True)
-            yield Tensor("bent, and multiplied", 2 * inner)
+            yield Tensor("gated", inner)
             yield last
         case "rep":
             yield _pair(site, sizes, site.width, site.hidden)
@@ -151,7 +151,7 @@ def _routed(site: Site, sizes: Sizes) -> Iterator[Tensor]:
     if sizes.ep > 1:
         yield Tensor("rows, sent and sorted", row, product=True)
     yield Tensor("gate and up of experts", 2 * hidden, product=True)
-    yield Tensor("bent, and multiplied", 2 * hidden)
+    yield Tensor("gated rows", hidden)
     yield Tensor("rows of experts", row, saved=False, product=True)
     if sizes.ep > 1:
         yield Tensor("rows, back", row, saved=False, product=True)

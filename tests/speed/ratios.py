@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from parallel.launch import keep_freed_memory
 from parallel.remat import compile_units
 from pretrain.models.build import build
 from pretrain.models.dit import DiTConfig, DiTMoEConfig
@@ -103,6 +104,7 @@ def _layer(name: str) -> Run:
 def measure(names: list[str], rounds: int, threads: int) -> dict[str, dict[str, float]]:
     """Median wall and CPU seconds of each run, taken in turn."""
     torch.set_num_threads(threads)
+    keep_freed_memory()  # as every run on a CPU does
     torch.manual_seed(0)
     runs = {name: prepare(name) for name in names}
     for run in runs.values():

@@ -17,6 +17,7 @@ from parallel.kernels import native
 from parallel.kernels.depthwise import join_phases, mix, split_phases
 from parallel.kernels.heads import cosine_heads, plain
 from parallel.kernels.norm import gated, gated_norm, modulate
+from parallel.kernels.swiglu import swiglu
 from pretrain import config
 from pretrain.models.attention import rope_table
 from pretrain.models.build import build
@@ -125,6 +126,14 @@ def test_cosine_heads_turn_and_have_length_one(
 
 
 @needs_compiler
+@pytest.mark.usefixtures("_way")
+@pytest.mark.parametrize("shape", [(3,), (5, 96), (130, 384)])  # the last: more than one task
+def test_swiglu_is_its_formula(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    gate, up = 20 * torch.randn(shape), torch.randn(shape)
+    compare(lambda g, u: (swiglu(g, u),), lambda g, u: (F.silu(g) * u,), (gate, up), 1e-6)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_comes_out_so(bad: float) -> None:
     x, weight, bias = torch.randn(1, 4, 4, 20), torch.ones(20, 1, 5, 5), torch.zeros(20)
@@ -135,6 +144,7 @@ def test_what_is_not_finite_comes_out_so(bad: float) -> None:
     assert not modulate(x, shift, scale)[0, 1, 1].isfinite().any()
     heads = cosine_heads(x.view(1, 16, 1, 20), rope_table(4, 20), None)
     assert not heads[0, 5].isfinite().all()
+    assert torch.equal(swiglu(x, x).isfinite(), x.isfinite())
     if bad != -float("inf"):  # whose GELU is 0 or NaN, by the formula
         assert not mix(x, weight, bias, gelu=True)[0, 1, 1, 17].isfinite()
 
@@ -174,13 +184,14 @@ def test_two_threads_give_the_bits_of_one() -> None:
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-@pytest.mark.parametrize("operator", ["mix", "norm", "cosine_heads"])
+@pytest.mark.parametrize("operator", ["mix", "norm", "cosine_heads", "swiglu"])
 def test_operators_are_registered_as_torch_asks(operator: str) -> None:
     x, vector = torch.randn(2, 4, 4, 8), torch.randn(2, 8)
     args = {
         "mix": (x, torch.randn(8, 1, 5, 5), torch.randn(8), True, True),
         "norm": (x, vector, vector),
         "cosine_heads": (x, torch.randn(2, 4, 8), torch.randn(4)),
+        "swiglu": (x, x + 1),
     }[operator]
     checks = ("test_schema", "test_faketensor")
     found = getattr(torch.ops.dit_pretrain, operator).default

@@ -1,5 +1,8 @@
 """A process finds its place among the others by what its starter left in the environment."""
 
+import platform
+import resource
+import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -94,3 +97,22 @@ def test_the_first_rank_to_claim_gets_it(tmp_path: Path) -> None:
     board.post("verdict", "one")
     board.post("verdict", "two")
     assert board.read("verdict") == "two"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_kept_for_what_comes_next() -> None:
+    """Pages that three tensors of 8 MB touch for the first time: all, and after some rounds none."""
+    code = """
+import resource, torch
+from parallel import launch
+launch.keep_freed_memory()
+for _ in range(20):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(2_000_000) for _ in range(3)]
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    del tensors
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, *_, last = map(int, run.stdout.split())
+    pages = 3 * 8_000_000 // resource.getpagesize()
+    assert first >= pages - 8 and last < pages // 100, run.stdout
