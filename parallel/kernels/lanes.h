@@ -30,23 +30,35 @@ INLINE void store(float *at, lanes value) { *(loose *)at = value; }
 /* The first n lanes, the rest zero. */
 INLINE lanes load_some(const float *at, long n) {
     if (n >= LANES) return load(at);
+#ifdef __AVX512F__
+    return (lanes)_mm512_maskz_loadu_ps((1u << n) - 1, at);
+#else
     lanes value = {0};
     if (n == LANES / 2) memcpy(&value, at, BYTES / 2);
     else for (long i = 0; i < n; i++) value[i] = at[i];
     return value;
+#endif
 }
 INLINE void store_some(float *at, lanes value, long n) {
     if (n >= LANES) { store(at, value); return; }
+#ifdef __AVX512F__
+    _mm512_mask_storeu_ps(at, (1u << n) - 1, (__m512)value);
+#else
     if (n == LANES / 2) memcpy(at, &value, BYTES / 2);
     else for (long i = 0; i < n; i++) at[i] = value[i];
+#endif
 }
+typedef float four __attribute__((vector_size(16)));
 INLINE float total(lanes v) {
-    float part[4];
-    for (int i = 0; i < 4; i++) {
-        part[i] = v[i];
-        for (int j = i + 4; j < LANES; j += 4) part[i] += v[j];
-    }
-    return (part[0] + part[1]) + (part[2] + part[3]);
+    four sum = __builtin_shufflevector(v, v, 0, 1, 2, 3);
+#if LANES >= 8
+    sum += __builtin_shufflevector(v, v, 4, 5, 6, 7);
+#endif
+#if LANES >= 16
+    sum += __builtin_shufflevector(v, v, 8, 9, 10, 11);
+    sum += __builtin_shufflevector(v, v, 12, 13, 14, 15);
+#endif
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 INLINE lanes choose(bits mask, lanes yes, lanes no) {
     return (lanes)(((bits)yes & mask) | ((bits)no & ~mask));

@@ -9,11 +9,13 @@ typedef struct {
     long size;
 } swiglu_t;
 
-/* 1 / (1 + e^-x) by e^-|x|, which is at most one. */
-INLINE lanes sigmoid(lanes x) {
+/* 1 / (1 + e^-x) by e^-|x|, which is at most one; and what it lacks to one, without cancelling. */
+INLINE lanes sigmoid(lanes x, lanes *rest) {
     bits below = (bits)(x < all(0.0f));
-    lanes small = exp_negative(choose(below, x, -x)), part = inverse(1.0f + small);
-    return choose(below, small * part, part);
+    lanes small = exp_negative(choose(below, x, -x)), large = inverse(1.0f + small);
+    small = small * large;
+    *rest = choose(below, large, small);
+    return choose(below, small, large);
 }
 
 static void forward(const void *arg, long task) {
@@ -21,8 +23,8 @@ static void forward(const void *arg, long task) {
     long last = (task + 1) * COUNT < s->size ? (task + 1) * COUNT : s->size;
     for (long i = task * COUNT; i < last; i += LANES) {
         long some = last - i;
-        lanes gate = load_some(s->gate + i, some);
-        store_some(s->y + i, gate * sigmoid(gate) * load_some(s->up + i, some), some);
+        lanes gate = load_some(s->gate + i, some), rest;
+        store_some(s->y + i, gate * sigmoid(gate, &rest) * load_some(s->up + i, some), some);
     }
 }
 
@@ -32,11 +34,11 @@ static void backward(const void *arg, long task) {
     for (long i = task * COUNT; i < last; i += LANES) {
         long some = last - i;
         lanes gate = load_some(s->gate + i, some), grad = load_some(s->grad + i, some);
-        lanes part = sigmoid(gate), bent = gate * part;
-        store_some(s->grad_up + i, grad * bent, some);
-        /* the slope of silu: part·(1 + gate·(1 - part)) = part + bent·(1 - part) */
+        lanes rest, part = sigmoid(gate, &rest);
+        store_some(s->grad_up + i, grad * gate * part, some);
+        /* the slope of silu: part + gate * part * (1 - part) */
         grad = grad * load_some(s->up + i, some);
-        store_some(s->grad_gate + i, grad * (part + bent * (1.0f - part)), some);
+        store_some(s->grad_gate + i, grad * part * (1.0f + gate * rest), some);
     }
 }
 
