@@ -188,7 +188,7 @@ def apply(model: nn.Module, axis: Axis, hold: Hold = DTENSOR) -> None:
 def _planned(model: nn.Module) -> Iterator[tuple[nn.Module, str, Role]]:
     """Owner, name and role of everything that a plan in the model names."""
     for module in model.modules():
-        plan: Plan = getattr(module, "tensor_plan", {})
+        plan: Plan = getattr(type(module), "tensor_plan", {})
         for path, role in plan.items():
             prefix, _, name = path.rpartition(".")
             owner = module.get_submodule(prefix)

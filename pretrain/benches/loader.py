@@ -10,7 +10,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -23,7 +23,9 @@ from pretrain.benches.record import record
 _BLOCK = 1 << 20  # bytes of one plain read
 
 
-def loader(samples: int, batch: int, order: str, workers: int, rounds: int) -> dict[str, Any]:
+def loader(
+    samples: int, batch: int, order: Literal["chunks", "samples"], workers: int, rounds: int
+) -> dict[str, Any]:
     """Samples and bytes a second of both, medians of interleaved rounds; `share` is their ratio."""
     with tempfile.TemporaryDirectory(prefix="loader-") as folder:
         root = Path(folder)

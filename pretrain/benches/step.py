@@ -101,15 +101,15 @@ def _measure(
     if cfg.compile:
         engine.warm_up(shape)
     timer, batches = clock.start(device), _batches(cfg, mesh, shape)
-    times = []
+    times, loss = [], torch.zeros(())
     for turn in range(1 + rounds):
         count = steps if turn else WARM
         begin = time.perf_counter()
         for _ in range(count):
-            metrics = engine.step(next(batches))
+            loss = engine.step(next(batches)).loss
             state.advance(state.cursor.advance(cfg.data.global_batch))
             engine.settle()
-        float(metrics.loss)  # sync: the device has done them
+        float(loss)  # sync: the device has done them
         if turn:
             times.append((time.perf_counter() - begin) / count)
         else:

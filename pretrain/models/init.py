@@ -87,7 +87,8 @@ class Filler:
         self._seed, self._zero_std = seed, zero_std
         self._starts: dict[str, tuple[Init, Box]] = {}
         for prefix, module in model.named_modules():
-            inits, boxes = getattr(module, "inits", {}), getattr(module, "boxes", {})
+            inits: dict[str, Init] = vars(module).get("inits", {})
+            boxes: dict[str, Box] = vars(module).get("boxes", {})
             own = {**module._parameters, **module._buffers}
             own = {name: tensor for name, tensor in own.items() if tensor is not None}
             for name in inits:
