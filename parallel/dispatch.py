@@ -1,7 +1,8 @@
 """The way of tokens to experts on other ranks and back, with one face and two dispatchers.
 
-`Exact` drops nothing; the sizes of what is sent must reach the host, one wait a layer. `Static`
-sends buffers of a fixed size and never waits; picks that do not fit are dropped and counted.
+`Exact` drops nothing; the sizes of what is sent must reach the host, one wait a layer. To a
+compiler they are unknown numbers: nothing may branch on how many rows came. `Static` sends buffers
+of a fixed size and never waits; picks that do not fit are dropped and counted.
 Without a drop both give the same numbers, whatever the number of ranks: the rows of an expert stand
 in the order of ranks and, within a rank, of tokens.
 
@@ -68,8 +69,10 @@ class Exact:
             mine = order.counts[: self.num_experts].view(self.ep.size, -1)
             come = _exchange(mine, self.ep)
             # sync: the sizes of what is sent and of what comes, once a layer
-            sent, received = torch.stack([mine.sum(1), come.sum(1)]).tolist()
-            picks, order = _first(picks, order, sum(sent))
+            # why: as one copy; compiled code takes a list number by number, each a wait.
+            sent, received = torch.stack([mine.sum(1), come.sum(1)]).to("cpu").tolist()
+            if not isinstance(picks.lengths, int):
+                picks, order = _first(picks, order, sum(sent))
             way = _Way(received, sent, self.ep)
             out, side = _there(x, picks, order, come, way, experts, beside)
         return Dispatched(gather(out, self.tp, 0), side, dropped)

@@ -94,6 +94,8 @@ def compile_units(
     config = torch._dynamo.config
     config.recompile_limit = graphs * len({_kind(unit) for unit in units})
     config.fail_on_recompile_limit_hit = True
+    # why: sizes that `dispatch.Exact` reads stay unknown in the graph, so one serves every step.
+    config.capture_scalar_outputs = True
     for unit in units:
         compiled = torch.compile(unit.forward, dynamic=False, backend=backend)
         unit.forward = compiled  # type: ignore[method-assign]

@@ -86,13 +86,6 @@ def check_axes(cfg: Config, sizes: Degrees) -> None:
             f"mesh.ep={sizes.ep} must divide model.moe.experts={moe.experts}; "
             f"set mesh.ep={_largest(moe.experts, sizes.ep)}"
         )
-    if cfg.compile and moe is not None and sizes.ep > 1 and moe.dispatcher == "exact":
-        # why: the sizes of what is exchanged are numbers in the graph, which would change too.
-        raise LayoutError(
-            f"compile=true with mesh.ep={sizes.ep} and model.moe.dispatcher=exact: how much ranks "
-            "exchange changes every step, and a graph with it; set model.moe.dispatcher=static, "
-            "or compile=false, or mesh.ep=1"
-        )
     micro = cfg.data.global_batch // (sizes.data * cfg.accum)
     for tokens in cfg.model.moe_tokens() if moe is not None else ():
         if micro * tokens % sizes.tp:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_true
 
 Recipe = Literal["delayed", "current", "block"]
 Backend = Literal["transformer_engine", "torch", "emulated"]
@@ -74,9 +75,10 @@ class Quantised(NamedTuple):
 
 def largest(x: Tensor) -> Tensor:
     """Largest magnitude, () float32; 0 of an empty tensor, not finite if x is not."""
-    if x.numel() == 0:
-        return torch.zeros((), device=x.device)
-    return x.detach().abs().amax().float()
+    sizes = x.detach().abs()
+    if guard_or_true(x.numel() == 0):  # why: true as well where a compiler cannot know
+        sizes = F.pad(sizes.flatten(), (0, 1))
+    return sizes.amax().float()
 
 
 def scale_of(amax: Tensor, fmt: torch.dtype, margin: int = 0) -> Tensor:
@@ -117,10 +119,10 @@ def by_history(
 
 def rows(x: Tensor, fmt: torch.dtype, margin: int = 0) -> Quantised:
     """One scale for each row. x: (..., M, K)."""
-    if x.numel() == 0:
-        ones = x.new_ones((*x.shape[:-1], 1), dtype=torch.float32)
-        return Quantised(x.to(fmt), ones, x.shape)
-    scale = scale_of(x.detach().abs().amax(-1, keepdim=True).float(), fmt, margin)
+    sizes = x.detach().abs()
+    if guard_or_true(x.shape[-1] == 0):  # as in `largest`
+        sizes = F.pad(sizes, (0, 1))
+    scale = scale_of(sizes.amax(-1, keepdim=True).float(), fmt, margin)
     return Quantised(cast(x, scale, fmt), 1.0 / scale, x.shape)
 
 

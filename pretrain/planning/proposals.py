@@ -57,16 +57,11 @@ def search(
     global_batch: int,
     room: int,
     figures: Figures | None,
-    *,
-    compiled: bool = False,
 ) -> Search:
-    """now: the layout that is configured. room: bytes of a device. figures: None: by memory then.
-
-    compiled: of the configuration; it allows no expert axis to the exact dispatcher.
-    """
+    """now: what is configured. room: bytes of a device. figures: None: by memory then."""
     tried, found = 0, list[tuple[tuple[float, ...], Proposal]]()
     least: tuple[Layout, PerRank] | None = None
-    for layout in candidates(cfg, now, global_batch, compiled):
+    for layout in candidates(cfg, now, global_batch):
         tried += 1
         held = memory.per_rank(cfg, layout)
         if least is None or held.total < least[1].total:
@@ -88,9 +83,7 @@ def _rank(held: PerRank, took: Hours | None, room: int) -> tuple[float, ...]:
     return (round(math.log(took.step_seconds), 2), tight, took.communication_seconds or 0.0, total)
 
 
-def candidates(
-    cfg: ModelConfig, now: Layout, global_batch: int, compiled: bool = False
-) -> Iterator[Layout]:
+def candidates(cfg: ModelConfig, now: Layout, global_batch: int) -> Iterator[Layout]:
     """Every layout that the program would run, in a fixed order."""
     world, moe = now.sizes.world, anatomy(cfg).moe
     for replicate, tp in product(_divisors(world), _divisors(world)):
@@ -101,8 +94,6 @@ def candidates(
             continue
         for ep in _divisors(shard * tp) if moe else [1]:
             if moe and (moe.experts % ep or (now.stage == 3 and ep > 1)):
-                continue
-            if compiled and moe and ep > 1 and moe.dispatcher == "exact":
                 continue
             sizes = Degrees(replicate, shard, 1, tp, ep, 1)
             yield from _micro_batches(cfg, now, sizes, global_batch)

@@ -3,10 +3,15 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests import ranks, tiny
+
+SLOW = pytest.mark.slow
+SELECTIVE = {"remat__mode": "selective"}
+IN_FP8 = {"fp8__keep_first": 0, "fp8__keep_last": 0}
 
 
 def _counting(path: Path) -> None:
@@ -34,15 +39,25 @@ def _counting(path: Path) -> None:
         print("graphs", json.dumps(found))
 
 
-@pytest.mark.parametrize(("model", "kinds"), [("dit", 1), ("dit-moe", 1)])
+@pytest.mark.parametrize(
+    ("world", "model", "changes"),
+    [
+        (1, "dit", {}),
+        (1, "dit-moe", {}),
+        (2, "dit-moe", {"mesh__ep": 2}),  # what its ranks exchange is of another size every step
+        pytest.param(2, "dit-moe", {"mesh__ep": 2, "precision": "fp8"} | IN_FP8, marks=SLOW),
+        pytest.param(4, "dit-moe", {"mesh__ep": 2, "mesh__tp": 2} | SELECTIVE, marks=SLOW),
+    ],
+)
 def test_every_graph_is_made_before_step_0(
-    tmp_path: Path, digits: Path, model: str, kinds: int
+    tmp_path: Path, digits: Path, world: int, model: str, changes: dict[str, Any]
 ) -> None:
-    path = tiny.write(tmp_path, model, digits, steps=6, compile=True, checkpoint__every=100)
-    ranks.run(_counting, 1, path, log=tmp_path / "log")
+    common = {"steps": 6, "compile": True, "checkpoint__every": 100}
+    path = tiny.write(tmp_path, model, digits, **common, **changes)
+    ranks.run(_counting, world, path, log=tmp_path / "log")
     lines = (tmp_path / "log").read_text().splitlines()
     line = next(text for text in lines if text.startswith("graphs "))
-    assert json.loads(line.removeprefix("graphs ")) == [kinds, kinds]
+    assert json.loads(line.removeprefix("graphs ")) == [1, 1]
 
 
 def test_warming_up_changes_nothing(tmp_path: Path, digits: Path) -> None:

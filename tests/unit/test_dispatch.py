@@ -6,15 +6,17 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from parallel import launch
+from parallel import launch, remat
 from parallel.dispatch import Dispatcher, Exact, Static
 from parallel.experts import Picks, grouped_mm
 from parallel.mesh import Degrees, Mesh
@@ -23,6 +25,7 @@ from pretrain.models.layers import SwiGLU
 from pretrain.models.moe import MoE, MoEConfig
 from tests import ranks
 
+RematMode = Literal["none", "full", "selective"]
 TOKENS, WIDTH, HIDDEN, EXPERTS = 64, 8, 12, 8
 LAYOUTS = [
     [Degrees()],
@@ -249,6 +252,62 @@ def layer_case(mesh: Mesh, cfg: MoEConfig) -> None:
         wanted = b.grad[mine] if name.startswith("experts.") else b.grad
         found[name] = error(a.grad, wanted.double())
     assert max(found.values()) <= 2e-6, (mesh.sizes, cfg, found)
+
+
+def compiled_case(sizes: Degrees, mode: RematMode, balance: str) -> None:
+    """One graph with gradients and one without give eager's bits, whatever goes where."""
+    launch.join(launch.Place.here(), threads=1, timeout=timedelta(seconds=60))
+    mesh = Mesh(sizes, "cpu")
+    local = EXPERTS // mesh.ep.size
+    mine = slice(mesh.ep.rank * local, (mesh.ep.rank + 1) * local)
+    layers = []
+    for _ in range(2):
+        made = {"experts": EXPERTS, "hidden": HIDDEN, "balance": balance}
+        layer = MoE(WIDTH, MoEConfig.model_validate(made), SwiGLU(WIDTH, HIDDEN))
+        initialise(layer, 0, zero_std=0.5)
+        for name in ("gate", "up", "down"):
+            held = getattr(layer.experts, name).detach()[mine].clone()
+            setattr(layer.experts, name, nn.Parameter(held))
+        layer.dispatcher = Exact(EXPERTS, mesh.ep, mesh.tp)
+        remat.apply([layer], remat.RematConfig(mode=mode))
+        layers.append(layer)
+    remat.compile_units(layers[1:], backend="aot_eager")
+
+    generator = torch.Generator().manual_seed(mesh.data.rank)
+    # Experts that all tokens want: none in particular; of one rank, so that another gets no row; of
+    # this rank, so that none sends one.
+    for wanted in ([], [0, 1], [EXPERTS - 2, EXPERTS - 1], [*range(EXPERTS)[mine]], []):
+        x, normed, grad = torch.randn(3, 2, TOKENS // 4, WIDTH, generator=generator)
+        time = torch.randn(2, WIDTH, generator=generator)
+        found = []
+        for layer in layers:
+            layer.router.bias.zero_()[wanted] = 100.0
+            layer.zero_grad()
+            tokens = x.clone().requires_grad_()
+            out, _ = layer(tokens, normed, time)
+            out.backward(grad)
+            found.append([out.detach(), tokens.grad, *(p.grad for p in layer.parameters())])
+        with torch.no_grad():
+            found[1].append(layers[1](x, normed, time)[0])
+            found[0].append(found[0][0])
+        assert all(map(torch.equal, *found)), wanted
+    assert counters["stats"]["unique_graphs"] == 2
+    launch.leave()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "mode", "balance"),
+    [
+        (Degrees(dp_shard=2, ep=2), "none", "bias"),
+        pytest.param(Degrees(dp_shard=2, ep=2), "full", "bias", marks=pytest.mark.slow),
+        pytest.param(Degrees(tp=2, ep=2), "selective", "bias", marks=pytest.mark.slow),
+        pytest.param(Degrees(tp=2, ep=2), "none", "expert_choice", marks=pytest.mark.slow),
+    ],
+)
+def test_a_compiled_layer_has_one_graph_for_all_sizes_also_for_none(
+    sizes: Degrees, mode: RematMode, balance: str
+) -> None:
+    ranks.run(compiled_case, sizes.world, sizes, mode, balance)
 
 
 def only_exact_waits(mesh: Mesh) -> None:
