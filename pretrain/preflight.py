@@ -86,6 +86,14 @@ def check_axes(cfg: Config, sizes: Degrees) -> None:
             f"mesh.ep={sizes.ep} must divide model.moe.experts={moe.experts}; "
             f"set mesh.ep={_largest(moe.experts, sizes.ep)}"
         )
+    cut = cfg.engine == "fsdp2" and max(sizes.tp, sizes.ep) > 1
+    if cfg.compile and cut and cfg.remat.mode == "full":
+        # why: the parameter itself is kept for backward, and torch takes its mesh for a tensor.
+        raise LayoutError(
+            f"compile=true with remat.mode=full, mesh.tp={sizes.tp} and mesh.ep={sizes.ep}: torch "
+            "cannot compile full recomputation of parameters that these axes cut; set "
+            "remat.mode=selective, or compile=false"
+        )
     micro = cfg.data.global_batch // (sizes.data * cfg.accum)
     for tokens in cfg.model.moe_tokens() if moe is not None else ():
         if micro * tokens % sizes.tp:

@@ -86,6 +86,7 @@ def _search(one: Counted, device: str, links: Path | None) -> proposals.Search:
         one.cfg.data.global_batch,
         CHIPS[device].memory,
         None if isinstance(figures, str) else figures,
+        compiled=one.cfg.compile,
     )
 
 

@@ -57,11 +57,16 @@ def search(
     global_batch: int,
     room: int,
     figures: Figures | None,
+    *,
+    compiled: bool = False,
 ) -> Search:
-    """now: what is configured. room: bytes of a device. figures: None: by memory then."""
+    """now: the layout that is configured. room: bytes of a device. figures: None: by memory then.
+
+    compiled: of the configuration; cut parameters then allow no full remat.
+    """
     tried, found = 0, list[tuple[tuple[float, ...], Proposal]]()
     least: tuple[Layout, PerRank] | None = None
-    for layout in candidates(cfg, now, global_batch):
+    for layout in candidates(cfg, now, global_batch, compiled):
         tried += 1
         held = memory.per_rank(cfg, layout)
         if least is None or held.total < least[1].total:
@@ -83,7 +88,9 @@ def _rank(held: PerRank, took: Hours | None, room: int) -> tuple[float, ...]:
     return (round(math.log(took.step_seconds), 2), tight, took.communication_seconds or 0.0, total)
 
 
-def candidates(cfg: ModelConfig, now: Layout, global_batch: int) -> Iterator[Layout]:
+def candidates(
+    cfg: ModelConfig, now: Layout, global_batch: int, compiled: bool = False
+) -> Iterator[Layout]:
     """Every layout that the program would run, in a fixed order."""
     world, moe = now.sizes.world, anatomy(cfg).moe
     for replicate, tp in product(_divisors(world), _divisors(world)):
@@ -96,7 +103,15 @@ def candidates(cfg: ModelConfig, now: Layout, global_batch: int) -> Iterator[Lay
             if moe and (moe.experts % ep or (now.stage == 3 and ep > 1)):
                 continue
             sizes = Degrees(replicate, shard, 1, tp, ep, 1)
-            yield from _micro_batches(cfg, now, sizes, global_batch)
+            for layout in _micro_batches(cfg, now, sizes, global_batch):
+                if not (compiled and _keeps_a_mesh(layout)):
+                    yield layout
+
+
+def _keeps_a_mesh(layout: Layout) -> bool:
+    """Whether a compiler would have to keep a cut parameter for full remat, which torch cannot."""
+    cut = max(layout.sizes.tp, layout.sizes.ep) > 1 and not layout.stage
+    return cut and layout.remat.mode == "full"
 
 
 def _micro_batches(

@@ -192,7 +192,7 @@ def test_the_parent_of_nproc_starts_no_rank(
         ("dit-moe", 2, "model.moe.every=5", "leaves none of depth=2 blocks with experts"),
         ("udit-moe", 2, "model.moe.stages=[]", "leaves no sub-block with experts"),
         ("dit", 2, "remat.mode=full remat.every=9", "chooses none of the model's 2 units"),
-        ("dit-moe", 2, "compile=true mesh.ep=2", "set model.moe.dispatcher=static, or compile"),
+        ("dit-moe", 2, "compile=true mesh.ep=2 remat.mode=full", "set remat.mode=selective"),
         ("dit", 2, "engine=zero3 compile=true", "engine=zero3 with compiled units"),
         ("dit-moe", 2, "model.moe.capacity=0.5", "model.moe.capacity=0.5 must be greater than or"),
         ("dit-moe", 2, "model.moe.balance=expert_choice", "set both losses to 0, or balance to"),

@@ -60,6 +60,9 @@ def test_no_layout_is_proposed_that_the_engine_refuses() -> None:
     dense = DiTConfig(size="S/2")
     axes = {t.sizes.tp for t in proposals.candidates(dense, Layout(Degrees(dp_shard=8)), 256)}
     assert axes == {1, 2}  # of 6 heads
+    compiled = list(proposals.candidates(dense, Layout(Degrees(dp_shard=8)), 256, compiled=True))
+    assert {t.sizes.tp for t in compiled if t.remat.mode == "full"} == {1}
+    assert {t.sizes.tp for t in compiled if t.remat.mode == "selective"} == {1, 2}
 
 
 def test_more_memory_is_never_worse() -> None:
