@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.state import TrainState
 from tests import ranks, tiny
 
 
@@ -46,6 +47,21 @@ def search(*words: str) -> None:
     ranks.pretrain("tune", *words)
 
 
+def held_search(out: str, *words: str) -> None:
+    """The same; once a trial is done, the others stop for ever where they have saved."""
+    from pretrain.checkpoint import Checkpoint
+
+    save = Checkpoint.save
+
+    def then_stop(self: Checkpoint, state: TrainState) -> None:
+        save(self, state)
+        if any(Path(out).glob("*/done")):
+            signal.pause()
+
+    Checkpoint.save = then_stop  # type: ignore[method-assign]
+    search(*words)
+
+
 def lines(run: Path) -> list[dict[str, float]]:
     path = run / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
@@ -60,7 +76,7 @@ def test_a_search_that_is_killed_goes_on_and_repeats_no_finished_trial(
     words = (str(config), "--param", "optim.lr=2^-9,2^-7,1e9", "--widths", "16,32")
     words += ("--jobs", "2", "--out", str(out), "parametrisation=mup", "model.mup.base_width=16")
 
-    started = ranks.start(search, 1, *words, log=log / "killed.log")
+    started = ranks.start(held_search, 1, str(out), *words, log=log / "killed.log")
     while not (any(out.glob("*/done")) and any(_halfway(run) for run in out.glob("w*"))):
         assert started[0].is_alive(), (log / "killed.log").read_text()
         time.sleep(0.005)

@@ -45,7 +45,8 @@ def compare(function: Callable[..., Tensors], given: Tensors) -> None:
         assert torch.equal(one, three)
         assert one.dtype == two.dtype
         assert one.isfinite().all()
-        atol = TOLERANCE[given[0].dtype] * two.abs().max().item()
+        # why: gradients of q and k are rounding alone where a set has one token
+        atol = TOLERANCE[given[0].dtype] * max(two.abs().max().item(), 1e-4)
         torch.testing.assert_close(one, two, rtol=0, atol=atol)
 
 
