@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from parallel import launch
@@ -31,6 +32,8 @@ def _measure(
         command = [sys.executable, "-m", "pretrain", *sys.argv[1:]]
         raise typer.Exit(launch.spawn(command, nproc))
     launch.die_with_parent()
+    if not torch.cuda.is_available():
+        launch.keep_freed_memory()  # as in a run
     with launch.guarded(INPUT_ERRORS):
         found = work()
     if launch.Place.here().rank == 0:

@@ -61,8 +61,6 @@ def step(
             raise ConfigError(f"--as-rank with engine={cfg.engine}: only fsdp2 runs alone")
         torch.set_num_threads(threads)
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        if device.type == "cpu":
-            launch.keep_freed_memory()
         world = echo.alone_as(place, device)
     with world:
         seconds, parts, peak = _measure(cfg, Mesh(sizes, device.type), device, rounds, steps)
