@@ -75,10 +75,10 @@ class Quantised(NamedTuple):
 
 def largest(x: Tensor) -> Tensor:
     """Largest magnitude, () float32; 0 of an empty tensor, not finite if x is not."""
-    sizes = x.detach().abs()
+    magnitudes = x.detach().abs()
     if guard_or_true(x.numel() == 0):  # why: true as well where a compiler cannot know
-        sizes = F.pad(sizes.flatten(), (0, 1))
-    return sizes.amax().float()
+        magnitudes = F.pad(magnitudes.flatten(), (0, 1))
+    return magnitudes.amax().float()
 
 
 def scale_of(amax: Tensor, fmt: torch.dtype, margin: int = 0) -> Tensor:
@@ -119,10 +119,10 @@ def by_history(
 
 def rows(x: Tensor, fmt: torch.dtype, margin: int = 0) -> Quantised:
     """One scale for each row. x: (..., M, K)."""
-    sizes = x.detach().abs()
+    magnitudes = x.detach().abs()
     if guard_or_true(x.shape[-1] == 0):  # as in `largest`
-        sizes = F.pad(sizes, (0, 1))
-    scale = scale_of(sizes.amax(-1, keepdim=True).float(), fmt, margin)
+        magnitudes = F.pad(magnitudes, (0, 1))
+    scale = scale_of(magnitudes.amax(-1, keepdim=True).float(), fmt, margin)
     return Quantised(cast(x, scale, fmt), 1.0 / scale, x.shape)
 
 

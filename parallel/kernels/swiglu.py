@@ -1,6 +1,6 @@
 """The gate of a SwiGLU in one pass each way, which keeps only what came in.
 
-In C for float32 on a CPU; elsewhere torch operators, which a compiler fuses.
+In C in eager mode for float32 on a CPU; else torch operators, which a compiler fuses.
 """
 
 from typing import Any
@@ -15,6 +15,7 @@ from parallel.kernels.operators import fake, operator
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate)·up, of one shape and dtype. Source: Shazeer, GLU Variants Improve Transformer."""
+    assert gate.shape == up.shape, f"gate {tuple(gate.shape)} and up {tuple(up.shape)} differ"
     if torch.compiler.is_compiling():
         return F.silu(gate) * up
     return _SwiGLU.apply(gate, up)

@@ -63,7 +63,21 @@ CONFIGS: dict[str, Any] = {
 
 def prepare(name: str) -> Run:
     """Forward and backward of one of the runs."""
-    return _layer(name) if "experts" in name else _model(name)
+    run = _layer(name) if "experts" in name else _model(name)
+    return _without_kernels(run) if name == "no kernels" else run
+
+
+def _without_kernels(run: Run) -> Run:
+    kernels = native.library
+
+    def plain() -> None:
+        native.library = lambda: None  # type: ignore[assignment]
+        try:
+            run()
+        finally:
+            native.library = kernels
+
+    return plain
 
 
 def _model(name: str) -> Run:
@@ -76,10 +90,8 @@ def _model(name: str) -> Run:
     t, labels = objective.time(torch.rand(BATCH)), torch.arange(BATCH)
     x_t = objective.corrupt(x, noise, t)
     plain = name == "plain twin"
-    kernels = native.library
 
     def run() -> None:
-        native.library = (lambda: None) if name == "no kernels" else kernels  # type: ignore[assignment]
         model.zero_grad()
         if plain:
             pred = twin.forward(model, x_t, objective.embed(t), labels)

@@ -125,7 +125,6 @@ def test_cosine_heads_turn_and_have_length_one(
     torch.testing.assert_close(cosine_heads(x, rope, None), plain(x, rope, None))
 
 
-@needs_compiler
 @pytest.mark.usefixtures("_way")
 @pytest.mark.parametrize("shape", [(3,), (5, 96), (130, 384)])  # the last: more than one task
 def test_swiglu_is_its_formula(shape: tuple[int, ...]) -> None:
@@ -134,6 +133,7 @@ def test_swiglu_is_its_formula(shape: tuple[int, ...]) -> None:
     compare(lambda g, u: (swiglu(g, u),), lambda g, u: (F.silu(g) * u,), (gate, up), 1e-6)
 
 
+@needs_compiler
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_comes_out_so(bad: float) -> None:
     x, weight, bias = torch.randn(1, 4, 4, 20), torch.ones(20, 1, 5, 5), torch.zeros(20)
