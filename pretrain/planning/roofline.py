@@ -25,9 +25,10 @@ DEPTHWISE = 0.0202  # of the peak: 20 TFLOP/s on an H100
 # modulation and activations are fused into what stands beside them. ROW: of a row of an expert.
 DIT, U_DIT, ROW = 96, 130, 65
 # The same on a CPU: passes over a stream, counted by hand as if every operator read and wrote for
-# itself. C kernels that join some are bound by what they compute, and take about as long. DiT: two
-# modulated norms 40, gates and residuals 26, GELU 20, sums of the gradients of q, k and v 14. U-DiT
-# beside that: rotary positions 54, lengths 24, phases 12, shortcuts and kernels 42, half the GELU.
+# itself. C kernels that join some took about as long where this was held to steps; with AVX-512
+# they take less, and U-DiT is planned 11 to 19 % too slow. DiT: two modulated norms 40, gates and
+# residuals 26, GELU 20, sums of the gradients of q, k and v 14. U-DiT beside that: rotary positions
+# 54, lengths 24, phases 12, shortcuts and kernels 42, half the GELU.
 DIT_APART, U_DIT_APART, ROW_APART = 2 * 100, 2 * 222, 2 * 40
 # Bytes a parameter: AdamW reads weight, gradient, two moments, writes three; an average. Apart:
 # the gradient's norm, FSDP's copies and the choice of skipped averages too.
